@@ -1,0 +1,364 @@
+"""From files to a batch on the device: CIFAR-10, the built-in shapes, splits, augmentation, resize.
+
+Images stay small and whole until the last moment: uint8 [N, 3, 32, 32] on the device. A batch is
+an index into them, normalised, and resampled once to 227x227; that one resampling is the resize and
+the augmentation.
+"""
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity, extract_archive
+
+from model import IMAGE_SIZE
+from utils import UserError
+
+DATASETS = ("cifar10", "shapes")
+DEFAULT_DATA_DIR = "data"
+VALIDATION_IMAGES_PER_CLASS = 500
+# One stream for the split and the shapes: every run of every seed sees the same data.
+DATA_SEED = 2012
+
+
+class Split(NamedTuple):
+    """Images uint8 [N, 3, 32, 32] and their classes int64 [N], on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def select(self, index: Tensor) -> "Split":
+        return Split(self.images[index], self.labels[index])
+
+
+@dataclass
+class Dataset:
+    """The three splits of a data set and the names of its classes."""
+
+    classes: list[str]
+    train: Split
+    val: Split
+    test: Split
+
+
+@dataclass
+class Preprocessing:
+    """What turns uint8 images into the network's input: mean and std per channel, in 0..255."""
+
+    mean: list[float]
+    std: list[float]
+    size: int = IMAGE_SIZE
+
+    @classmethod
+    def of(cls, images: Tensor) -> "Preprocessing":
+        """Mean and standard deviation over all pixels of uint8 images [N, 3, H, W]."""
+        pixels = images.movedim(1, 0).flatten(1)
+        # Chunks in float64: exact, and 8 bytes for every pixel at once would be 1.1 GB.
+        total = sum(chunk.double().sum(1) for chunk in pixels.split(2**22, dim=1))
+        squares = sum(chunk.double().square().sum(1) for chunk in pixels.split(2**22, dim=1))
+        mean = total / pixels.shape[1]
+        std = (squares / pixels.shape[1] - mean**2).sqrt()
+        return cls(mean.tolist(), std.tolist())
+
+
+def load_dataset(name: str, data_dir: str | Path = DEFAULT_DATA_DIR) -> Dataset:
+    """Loads "cifar10" (downloaded if need be) or draws "shapes", on the CPU.
+
+    Raises UserError if CIFAR-10 cannot be had or a file of it is damaged.
+    """
+    return draw_shapes() if name == "shapes" else load_cifar10(Path(data_dir))
+
+
+# ---------------------------------------------------------------------------------------------
+# CIFAR-10 (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html)
+# ---------------------------------------------------------------------------------------------
+
+
+def load_cifar10(data_dir: Path) -> Dataset:
+    """CIFAR-10 in data_dir: 45,000 training, 5,000 validation and 10,000 test images.
+
+    Looks for the folder cifar-10-batches-py, then for the archive cifar-10-python.tar.gz, then
+    downloads. Every file's MD5 is checked before it is opened.
+
+    Raises UserError, naming the file, if one is damaged, or if there is no way to the data.
+    """
+    _make_data_dir(data_dir)
+    if not _has_cifar10(data_dir):
+        _fetch_cifar10(data_dir)
+    train = CIFAR10(data_dir, train=True)
+    rest, val = stratified_split(_to_split(train), VALIDATION_IMAGES_PER_CLASS)
+    test = _to_split(CIFAR10(data_dir, train=False))
+    return Dataset(list(train.classes), rest, val, test)
+
+
+def stratified_split(split: Split, held_out_per_class: int) -> tuple[Split, Split]:
+    """Cuts off held_out_per_class images of each class, the same ones at every call."""
+    # RandomState's stream is frozen: the split is the same under every NumPy.
+    random = np.random.RandomState(DATA_SEED)
+    labels = split.labels.numpy()
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        held_out[random.permutation(members)[:held_out_per_class]] = True
+    return split.select(torch.from_numpy(~held_out)), split.select(torch.from_numpy(held_out))
+
+
+def _to_split(cifar: CIFAR10) -> Split:
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+    return Split(images, torch.tensor(cifar.targets))
+
+
+def _make_data_dir(data_dir: Path) -> None:
+    if data_dir == Path(DEFAULT_DATA_DIR) and not data_dir.exists():
+        try:
+            data_dir.mkdir()
+        except OSError as error:
+            raise UserError(f"cannot make the folder {data_dir}: {error.strerror}") from None
+    if not data_dir.is_dir():
+        raise UserError(f"--data-dir {data_dir} is not a folder; make it or name another")
+
+
+def _has_cifar10(data_dir: Path) -> bool:
+    """Whether every file is there and whole. Raises UserError for a damaged one."""
+    checksums = dict(CIFAR10.train_list + CIFAR10.test_list)
+    checksums[CIFAR10.meta["filename"]] = CIFAR10.meta["md5"]
+    complete = True
+    for name, md5 in checksums.items():
+        path = data_dir / CIFAR10.base_folder / name
+        if not path.exists():
+            complete = False
+        elif not _is_whole(path, md5):
+            raise UserError(f"{path} is damaged (its MD5 is not {md5}); delete it and run again")
+    return complete
+
+
+def _is_whole(path: Path, md5: str) -> bool:
+    try:
+        return check_integrity(path, md5)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _fetch_cifar10(data_dir: Path) -> None:
+    """Unpacks the archive in data_dir, or else a downloaded one, and puts the files in place."""
+    archive = data_dir / CIFAR10.filename
+    if archive.exists() and not _is_whole(archive, CIFAR10.tgz_md5):
+        raise UserError(
+            f"{archive} is damaged (its MD5 is not {CIFAR10.tgz_md5}); delete it and run again"
+        )
+    if not os.access(data_dir, os.W_OK):
+        raise UserError(f"{data_dir} is not writable, and CIFAR-10 is not in it; use --data-dir")
+    # Unpacked aside, so that an interruption leaves nothing that looks like the data.
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpacking-") as aside:
+        try:
+            if archive.exists():
+                extract_archive(str(archive), aside)
+            else:
+                _download_cifar10(aside)
+        except (OSError, RuntimeError, EOFError) as error:
+            raise UserError(_no_cifar10(data_dir, error)) from None
+        folder = data_dir / CIFAR10.base_folder
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(Path(aside) / CIFAR10.base_folder, folder)
+
+
+def _download_cifar10(folder: str) -> None:
+    socket.setdefaulttimeout(30)  # seconds without an answer; a silent network would hang
+    try:
+        CIFAR10(folder, download=True)
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def _no_cifar10(data_dir: Path, error: Exception) -> str:
+    return (
+        f"CIFAR-10 is not in {data_dir} and getting it from {CIFAR10.url} failed ({error}). "
+        f"Copy {CIFAR10.filename} into {data_dir}, or name the folder that holds it with "
+        "--data-dir, or try --dataset shapes, which needs no download"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Shapes: ten classes drawn by this program
+# ---------------------------------------------------------------------------------------------
+
+SHAPES = [
+    "disc",
+    "ring",
+    "triangle",
+    "cross",
+    "stripes",
+    "checkerboard",
+    "dots",
+    "target",
+    "rays",
+    "ramp",
+]
+SHAPES_PER_CLASS = {"train": 200, "val": 50, "test": 100}
+
+
+def draw_shapes() -> Dataset:
+    """Ten classes of 32x32 pictures: 2,000 training, 500 validation and 1,000 test images."""
+    splits = {
+        name: _draw_split(count, np.random.RandomState(DATA_SEED + number))
+        for number, (name, count) in enumerate(SHAPES_PER_CLASS.items())
+    }
+    return Dataset(list(SHAPES), **splits)
+
+
+def _draw_split(per_class: int, random: np.random.RandomState) -> Split:
+    labels = np.arange(per_class * len(SHAPES)) % len(SHAPES)
+    n = len(labels)
+    ink, paper = _colours(n, random)
+    coverage = np.empty((n, 32, 32))
+    x, y = _random_coordinates(n, random)
+    for label, name in enumerate(SHAPES):
+        chosen = labels == label
+        coverage[chosen] = _coverage(name, x[chosen], y[chosen])
+    picture = paper + coverage[:, None] * (ink - paper)
+    noise = random.normal(0, random.uniform(0, 0.08, (n, 1, 1, 1)), picture.shape)
+    images = np.clip((picture + noise) * 255, 0, 255).astype(np.uint8)
+    return Split(torch.from_numpy(images), torch.from_numpy(labels))
+
+
+def _colours(n: int, random: np.random.RandomState):
+    """A light and a dark random RGB colour for each of n pictures, [n, 3, 1, 1] in 0..1."""
+    return random.uniform(0.6, 1, (n, 3, 1, 1)), random.uniform(0, 0.4, (n, 3, 1, 1))
+
+
+def _random_coordinates(n: int, random: np.random.RandomState):
+    """The pixels' places in each picture's own frame: moved, turned, in units of its radius."""
+    radius = random.uniform(9, 14, (n, 1, 1))  # pixels
+    centre_x, centre_y = 15.5 + random.uniform(-1, 1, (2, n, 1, 1)) * (15 - radius)
+    angle = random.uniform(0, 2 * np.pi, (n, 1, 1))
+    row, column = np.mgrid[:32, :32]
+    dx, dy = (column - centre_x) / radius, (row - centre_y) / radius
+    return dx * np.cos(angle) - dy * np.sin(angle), dx * np.sin(angle) + dy * np.cos(angle)
+
+
+def _coverage(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """How much of each pixel the shape covers, 0..1, with soft edges; x, y in units of radius."""
+    r = np.hypot(x, y)
+    if name == "disc":
+        inside = 0.75 - r
+    elif name == "ring":
+        inside = 0.2 - abs(r - 0.75)
+    elif name == "triangle":
+        inside = 0.5 - np.maximum(y, abs(x) * 3**0.5 / 2 - y / 2)
+    elif name == "cross":
+        inside = np.minimum(0.25 - np.minimum(abs(x), abs(y)), 1 - np.maximum(abs(x), abs(y)))
+    elif name == "stripes":
+        inside = np.sin(9 * x) / 9
+    elif name == "checkerboard":
+        inside = np.sin(4 * x) * np.sin(4 * y) / 4
+    elif name == "dots":
+        inside = (np.cos(8 * x) + np.cos(8 * y) - 0.8) / 8
+    elif name == "target":
+        inside = np.sin(10 * r) / 10
+    elif name == "rays":
+        inside = np.sin(8 * np.arctan2(y, x)) * r / 8
+    elif name == "ramp":
+        inside = x / 16
+    else:
+        raise ValueError(f"no shape is called {name}")
+    return np.clip(0.5 + 8 * inside, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Augmentation:
+    """Random changes of a training image. Flip: mirror every other one. Shift: 32x32 pixels."""
+
+    flip: bool = True
+    shift: float = 4.0
+
+
+def resample(images: Tensor, maps: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Normalises uint8 images and resamples each through its own affine map.
+
+    Args:
+        images: uint8 [N, 3, H, W].
+        maps: float [N, 2, 3], from the output's coordinates (-1..1 from edge to edge) to the
+            image's, as torch.nn.functional.affine_grid takes them. Beyond its edges an image is
+            continued by reflection.
+        preprocessing: mean, std and output size S.
+
+    Returns float32 [N, 3, S, S], channels last. The identity map gives what
+    torch.nn.functional.interpolate(mode="bilinear") gives.
+    """
+    size = preprocessing.size
+    mean = torch.tensor(preprocessing.mean, device=images.device).view(3, 1, 1)
+    std = torch.tensor(preprocessing.std, device=images.device).view(3, 1, 1)
+    grid = F.affine_grid(maps, [len(images), 3, size, size], align_corners=False)
+    normalised = (images - mean) / std
+    resampled = F.grid_sample(normalised, grid, padding_mode="reflection", align_corners=False)
+    return resampled.contiguous(memory_format=torch.channels_last)
+
+
+def identity_maps(n: int, device: torch.device | str = "cpu") -> Tensor:
+    """[n, 2, 3] maps of a plain resize."""
+    return torch.eye(2, 3, device=device).expand(n, 2, 3)
+
+
+def random_maps(n: int, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+    """[n, 2, 3] maps with a random mirror image and shift, on the CPU."""
+    maps = torch.eye(2, 3).repeat(n, 1, 1)
+    # The output is 2 units wide and the image 32 pixels.
+    maps[:, :, 2] = (torch.rand(n, 2, generator=generator) * 2 - 1) * augmentation.shift / 16
+    if augmentation.flip:
+        maps[:, 0] *= torch.randint(0, 2, (n, 1), generator=generator) * 2 - 1
+    return maps
+
+
+def training_batches(
+    split: Split,
+    preprocessing: Preprocessing,
+    augmentation: Augmentation,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields an epoch's batches (float images [B, 3, S, S], labels [B]), each image once.
+
+    Order and augmentation depend on seed and epoch alone, so that a run resumed at first_step sees
+    what it would have seen. The last batch holds what is left.
+    """
+    generator = torch.Generator().manual_seed(mix_seeds(seed, epoch))
+    n, device = len(split.labels), split.images.device
+    order = torch.randperm(n, generator=generator).to(device)
+    maps = random_maps(n, augmentation, generator).to(device)
+    for start in range(first_step * batch_size, n, batch_size):
+        batch = slice(start, start + batch_size)
+        images = split.images[order[batch]]
+        yield resample(images, maps[batch], preprocessing), split.labels[order[batch]]
+
+
+def plain_batches(
+    images: Tensor, preprocessing: Preprocessing, batch_size: int
+) -> Iterator[Tensor]:
+    """Yields the images in order, resized but not augmented, as float [B, 3, S, S]."""
+    for part in images.split(batch_size):
+        yield resample(part, identity_maps(len(part), part.device), preprocessing)
+
+
+def mix_seeds(*numbers: int) -> int:
+    """One well-mixed seed from several numbers, so that (1, 2) and (2, 1) share nothing."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,206 @@
+"""Evaluates a checkpoint: python evaluate.py runs/cifar10-sgd/best.pt
+
+The network, its preprocessing and its data set are rebuilt from the checkpoint alone.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import figures
+from dataset import (
+    DATASETS,
+    DEFAULT_DATA_DIR,
+    Preprocessing,
+    Split,
+    load_dataset,
+    plain_batches,
+)
+from model import IMAGE_SIZE, AlexNet
+from utils import (
+    UserError,
+    atomic_write,
+    autocast,
+    device_name,
+    environment,
+    keep_freed_memory,
+    load_checkpoint,
+    run_script,
+    select_device,
+    select_precision,
+)
+
+# The same in training and evaluation, so that both compute the same validation accuracy.
+BATCH_SIZE = 250
+
+
+def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
+    """The network of a checkpoint in eval mode, its preprocessing, and the checkpoint's content.
+
+    Raises UserError, naming the file, if it is not a checkpoint or its parts do not fit together.
+    """
+    checkpoint = load_checkpoint(path)
+    try:
+        network = AlexNet(**checkpoint["model"])
+        network.load_state_dict(checkpoint["weights"])
+        preprocessing = Preprocessing(**checkpoint["preprocessing"])
+        _check_fits(checkpoint, network, preprocessing)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a complete checkpoint ({reason}); use another") from None
+    return network.eval().to(memory_format=torch.channels_last), preprocessing, checkpoint
+
+
+def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing) -> None:
+    if len(checkpoint["classes"]) != network.config["num_classes"]:
+        raise ValueError("the number of classes differs from the network's")
+    if len(preprocessing.mean) != 3 or len(preprocessing.std) != 3 or min(preprocessing.std) <= 0:
+        raise ValueError("preprocessing needs three means and three positive deviations")
+    if preprocessing.size != IMAGE_SIZE:
+        raise ValueError(f"the network takes images of {IMAGE_SIZE} pixels")
+    if checkpoint["training"]["dataset"] not in DATASETS:
+        raise ValueError("the data set is not one of this program's")
+
+
+@torch.no_grad()
+def predict(
+    network: AlexNet, images: Tensor, preprocessing: Preprocessing, precision: str
+) -> Tensor:
+    """Logits, float32 [N, classes], of uint8 images [N, 3, H, W] on the network's device."""
+    network.eval()
+    batches = plain_batches(images, preprocessing, BATCH_SIZE)
+    total = math.ceil(len(images) / BATCH_SIZE)
+    logits = []
+    for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=None):
+        with autocast(images.device, precision):
+            logits.append(network(batch).float())
+    return torch.cat(logits)
+
+
+def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Mean cross-entropy (nats) and top-1 accuracy (0..1)."""
+    loss = F.cross_entropy(logits, labels)
+    accuracy = (logits.argmax(1) == labels).double().mean()
+    return loss.item(), accuracy.item()
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval (0..1) of a share correct / total (Wilson 1927)."""
+    share = correct / total
+    centre = share + z**2 / (2 * total)
+    half_width = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    scale = 1 + z**2 / total
+    return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
+
+
+def summarise(logits: Tensor, split: Split, classes: list[str]) -> dict:
+    """All that evaluate.py reports, as plain values: accuracies and intervals in 0..1."""
+    predicted = logits.argmax(1)
+    count = len(classes)
+    pairs = split.labels * count + predicted
+    matrix = pairs.bincount(minlength=count**2).view(count, count).cpu()
+    loss, accuracy = loss_and_accuracy(logits, split.labels)
+    per_class = []
+    for name, row, correct in zip(classes, matrix, matrix.diag(), strict=True):
+        correct, total = correct.item(), row.sum().item()
+        interval = wilson_interval(correct, total)
+        per_class.append(
+            {"class": name, "images": total, "accuracy": correct / total, "interval_95": interval}
+        )
+    mistakes = [
+        {"class": classes[true], "taken_for": classes[other], "images": matrix[true, other].item()}
+        for true in range(count)
+        for other in range(count)
+        if other != true and matrix[true, other] > 0
+    ]
+    return {
+        "images": len(split.labels),
+        "accuracy": accuracy,
+        "interval_95": wilson_interval(matrix.trace().item(), len(split.labels)),
+        "loss": loss,
+        "per_class": per_class,
+        "most_confused": sorted(mistakes, key=lambda pair: -pair["images"])[:5],
+        "confusion_matrix": matrix.tolist(),
+    }
+
+
+def print_summary(summary: dict) -> None:
+    low, high = summary["interval_95"]
+    print(f"top-1 accuracy  {summary['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%})")
+    print(f"cross-entropy   {summary['loss']:.4f}")
+    print(f"\n{'class':<14}{'images':>7}{'accuracy':>10}   95 % interval")
+    for row in summary["per_class"]:
+        low, high = row["interval_95"]
+        print(
+            f"{row['class']:<14}{row['images']:>7}{row['accuracy']:>10.1%}   "
+            f"{low:.1%} to {high:.1%}"
+        )
+    if summary["most_confused"]:
+        print("\nmost confused")
+    for pair in summary["most_confused"]:
+        print(f"{pair['class']} taken for {pair['taken_for']}: {pair['images']}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Evaluate a checkpoint of train.py.")
+    parser.add_argument("checkpoint", type=Path, help="a best.pt or last.pt")
+    parser.add_argument("--split", choices=("test", "val"), default="test")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path(DEFAULT_DATA_DIR), help="default: %(default)s"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        help="default: the one the checkpoint was trained in",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    keep_freed_memory()
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist")
+    device = select_device(args.device)
+    network, preprocessing, checkpoint = load_network(args.checkpoint)
+    training = checkpoint["training"]
+    precision = select_precision(args.precision or training["precision"], device)
+    dataset = load_dataset(training["dataset"], args.data_dir)
+    split = getattr(dataset, args.split).to(device)
+
+    logits = predict(network.to(device), split.images, preprocessing, precision)
+    summary = summarise(logits, split, checkpoint["classes"])
+
+    what = f"{training['dataset']} {args.split} split"
+    print(f"{args.checkpoint}: AlexNet after epoch {checkpoint['epoch']} of {training['epochs']}")
+    print(f"{what}, {summary['images']:,} images, one view, {precision} on {device_name(device)}\n")
+    print_summary(summary)
+
+    if args.json:
+        about = {
+            "checkpoint": str(args.checkpoint),
+            "dataset": training["dataset"],
+            "split": args.split,
+            "epoch": checkpoint["epoch"],
+            "precision": precision,
+        }
+        record = {**about, **summary, "training": training, "environment": environment(device)}
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+    picture = args.checkpoint.parent / f"confusion-{args.split}.png"
+    matrix = torch.tensor(summary["confusion_matrix"]).numpy()
+    title = f"{what}: {summary['accuracy']:.1%} top-1"
+    figures.save_figure(figures.confusion_matrix(matrix, checkpoint["classes"], title), picture)
+    print(f"\nwrote {picture}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,553 @@
+"""Trains AlexNet: python train.py [--dataset shapes] [--optimizer adam] [--resume RUN_DIR]
+
+Each run has a folder: config.json, metrics.csv, timing.csv, curves.png, last.pt (all that resuming
+needs) and best.pt (the best on the validation split, all that evaluate.py needs).
+"""
+
+import argparse
+import csv
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import figures
+from dataset import (
+    DATASETS,
+    DEFAULT_DATA_DIR,
+    Augmentation,
+    Dataset,
+    Preprocessing,
+    load_dataset,
+    mix_seeds,
+    training_batches,
+)
+from evaluate import load_network, loss_and_accuracy, predict
+from model import AlexNet
+from utils import (
+    UserError,
+    atomic_write,
+    autocast,
+    device_name,
+    environment,
+    keep_freed_memory,
+    peak_memory_mib,
+    run_script,
+    save_checkpoint,
+    select_device,
+    select_precision,
+)
+
+# ---------------------------------------------------------------------------------------------
+# Recipes: what the options are unless the command line says otherwise
+# ---------------------------------------------------------------------------------------------
+
+RECIPES = {
+    ("cifar10", "sgd"): dict(epochs=60, batch_size=128, lr=0.01, momentum=0.9, weight_decay=5e-4),
+    ("cifar10", "adam"): dict(epochs=60, batch_size=128, lr=2e-4, weight_decay=0.0),
+    ("shapes", "sgd"): dict(epochs=6, batch_size=32, lr=0.01, momentum=0.9, weight_decay=5e-4),
+    ("shapes", "adam"): dict(epochs=6, batch_size=32, lr=1e-4, weight_decay=0.0),
+}
+WARM_UP = 0.05  # of all steps
+
+METRICS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+TIMING = ("epoch", "seconds", "images_per_second", "peak_memory_mib")
+# Settings that --resume may change; any other would make it another experiment.
+CHANGEABLE = ("epochs", "data_dir", "device", "save_every")
+
+
+def learning_rate(step: int, total_steps: int, peak: float) -> float:
+    """Rises linearly to peak over the first 5 % of the steps, then falls to 0 as a half cosine."""
+    warm_up_steps = max(1, round(WARM_UP * total_steps))
+    if step < warm_up_steps:
+        return peak * (step + 1) / warm_up_steps
+    progress = (step - warm_up_steps) / max(1, total_steps - warm_up_steps)
+    return peak * (1 + math.cos(math.pi * progress)) / 2
+
+
+def make_optimizer(network: AlexNet, config: dict) -> torch.optim.Optimizer:
+    settings = dict(lr=config["lr"], weight_decay=config["weight_decay"], fused=True)
+    if config["optimizer"] == "sgd":
+        return torch.optim.SGD(network.parameters(), momentum=config["momentum"], **settings)
+    return torch.optim.Adam(network.parameters(), **settings)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+def positive(kind):
+    """An argparse type: a finite number of this kind above zero."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
+
+
+def share(text: str) -> float:
+    """An argparse type: a number of at least 0 and below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
+    return value
+
+
+def seed(text: str) -> int:
+    """An argparse type: a whole number of at least 0 and below 2^63."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 2^63")
+    return value
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train AlexNet.", argument_default=argparse.SUPPRESS
+    )
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, help="default: cifar10")
+    add("--data-dir", help=f"where CIFAR-10 is or goes; default: {DEFAULT_DATA_DIR}")
+    add("--optimizer", choices=("sgd", "adam"), help="default: sgd")
+    add("--epochs", type=positive(int), help="default: 60, with shapes 6")
+    add("--batch-size", type=positive(int), help="default: 128, with shapes 32")
+    add("--lr", type=positive(float), help="highest learning rate; default: see RECIPES")
+    add("--momentum", type=share, help="of sgd; default: 0.9")
+    add("--weight-decay", type=share, help="default: 5e-4 with sgd, 0 with adam")
+    add("--seed", type=seed, help="of weights, order, augmentation, dropout; default: 0")
+    add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
+    add("--precision", choices=("auto", "fp32", "bf16"), help="default: auto")
+    add("--save-every", type=positive(float), metavar="MINUTES", help="of last.pt; default: 3")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output-dir", type=Path, help="default: runs/DATASET-OPTIMIZER")
+    where.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a stopped run")
+    return parser.parse_args()
+
+
+def new_config(given: dict) -> dict:
+    """Every setting of a new run: what was given, else the recipe's."""
+    config = dict(dataset="cifar10", optimizer="sgd", data_dir=DEFAULT_DATA_DIR, seed=0)
+    config.update(device="auto", precision="auto", save_every=3.0)
+    config.update(given)
+    recipe = RECIPES[config["dataset"], config["optimizer"]]
+    if "momentum" in config and "momentum" not in recipe:
+        raise UserError("--momentum is for --optimizer sgd; leave it out with adam")
+    return {**recipe, **config}
+
+
+def new_run_dir(config: dict, output_dir: Path | None) -> Path:
+    """The folder for a new run, not yet made. Raises UserError if it is taken."""
+    if output_dir is None:
+        name = f"{config['dataset']}-{config['optimizer']}"
+        candidates = [Path("runs", name)] + [Path("runs", f"{name}-{i}") for i in range(2, 10000)]
+        return next(path for path in candidates if not path.exists())
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(
+            f"--output-dir {output_dir} is not empty; go on with a run in it by "
+            f"--resume {output_dir}, or name another folder"
+        )
+    return output_dir
+
+
+def resumed_config(run_dir: Path, given: dict) -> dict:
+    """The settings of the run in run_dir with the given changes. Raises UserError for others."""
+    try:
+        config = json.loads((run_dir / "config.json").read_text())["settings"]
+    except FileNotFoundError:
+        raise UserError(f"--resume {run_dir}: there is no run in it (no config.json)") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run_dir / 'config.json'} cannot be read ({error})") from None
+    for name, value in given.items():
+        if name not in CHANGEABLE and value != config.get(name):
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{option} {value} would make it another experiment than {run_dir}, which has "
+                f"{config.get(name)}: leave it out, or start a new run"
+            )
+    return {**config, "device": "auto", **given}
+
+
+# ---------------------------------------------------------------------------------------------
+# A run: everything that changes while it trains, and its folder
+# ---------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A network in training, how far it has come, and the folder that records it."""
+
+    def __init__(self, run_dir: Path, config: dict, dataset: Dataset, device: torch.device):
+        self.dir, self.config, self.device = run_dir, config, device
+        self.classes = dataset.classes
+        self.preprocessing = Preprocessing.of(dataset.train.images)
+        self.train, self.val = dataset.train.to(device), dataset.val.to(device)
+        self.steps_per_epoch = math.ceil(len(self.train.labels) / config["batch_size"])
+        self.total_steps = self.steps_per_epoch * config["epochs"]
+        torch.manual_seed(config["seed"])
+        self.network = AlexNet(num_classes=len(self.classes))
+        self.network.to(device, memory_format=torch.channels_last)
+        self.optimizer = make_optimizer(self.network, config)
+
+        self.epoch = 0  # epochs finished
+        self.step = 0  # steps done in the epoch under way
+        self.losses = torch.zeros(self.steps_per_epoch, device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.seconds = 0.0  # spent training in the epoch under way
+        self.history: list[dict] = []
+        self.best: dict | None = None  # the best network, until it is written to best.pt
+        self.last_save = time.monotonic()
+
+    def checkpoint(self) -> dict:
+        """What evaluate.py needs of the network as it is now."""
+        return {
+            "model": self.network.config,
+            "weights": {name: t.detach().clone() for name, t in self.network.state_dict().items()},
+            "classes": self.classes,
+            "preprocessing": vars(self.preprocessing),
+            "training": self.config,
+            "epoch": self.epoch,
+        }
+
+    def save(self) -> None:
+        """Writes best.pt if there is a new best, and last.pt."""
+        self.save_best()
+        progress = {
+            "step": self.step,
+            "losses": self.losses,
+            "correct": self.correct,
+            "seconds": self.seconds,
+            "history": self.history,
+        }
+        optimizer = self.optimizer.state_dict()
+        content = {**self.checkpoint(), "optimizer": optimizer, "progress": progress}
+        save_checkpoint(self.dir / "last.pt", content)
+        self.last_save = time.monotonic()
+
+    def save_best(self) -> None:
+        if self.best is not None:
+            save_checkpoint(self.dir / "best.pt", self.best)
+            self.best = None
+
+    def load(self) -> None:
+        """Goes back to where last.pt was written. Raises UserError if it does not fit the run."""
+        path = self.dir / "last.pt"
+        network, _, content = load_network(path)
+        self.network.load_state_dict(network.state_dict())
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+            progress = content["progress"]
+            self.epoch, self.step = content["epoch"], progress["step"]
+            self.losses.copy_(progress["losses"])
+            self.correct.copy_(progress["correct"])
+            self.seconds, self.history = progress["seconds"], progress["history"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} cannot be resumed from ({error})") from None
+
+    def write_config(self) -> None:
+        content = {"settings": self.config, "environment": environment(self.device)}
+        with atomic_write(self.dir / "config.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+    def write_history(self) -> None:
+        """Writes metrics.csv, timing.csv and curves.png from the first epoch to the last."""
+        for name, columns in (("metrics.csv", METRICS), ("timing.csv", TIMING)):
+            with (
+                atomic_write(self.dir / name) as temporary,
+                open(temporary, "w", newline="") as file,
+            ):
+                writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(self.history)
+        title = f"AlexNet on {self.config['dataset']}, {self.config['optimizer']}"
+        curves = figures.learning_curves(self.history, title)
+        figures.save_figure(curves, self.dir / "curves.png")
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+
+def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of gradient descent. Returns the loss and the number of right answers."""
+    global_step = run.epoch * run.steps_per_epoch + run.step
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(global_step, run.total_steps, run.config["lr"])
+    # Dropout depends on seed and step alone, so that a resumed run draws what it would have drawn.
+    torch.manual_seed(mix_seeds(run.config["seed"], global_step))
+    with autocast(run.device, run.config["precision"]):
+        logits = run.network(images)
+        loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+
+def train_epoch(run: Run, report: "Report", stop: "StopRequest") -> None:
+    """Goes on with the epoch under way to its end, or until a stop is requested."""
+    config = run.config
+    run.network.train()
+    batches = training_batches(
+        run.train,
+        run.preprocessing,
+        Augmentation(),
+        config["batch_size"],
+        config["seed"],
+        run.epoch,
+        run.step,
+    )
+    report.start_epoch(run)
+    for images, labels in batches:
+        loss, correct = train_step(run, images, labels)
+        run.losses[run.step] = loss  # stays on the device: reading it would wait for the step
+        run.correct += correct
+        run.step += 1
+        report.step(run)
+        if stop.signal:
+            break
+        if time.monotonic() - run.last_save > 60 * config["save_every"]:
+            check_finite(run)
+            run.seconds = report.seconds()
+            run.save()
+    report.end_epoch(run)
+
+
+def finish_epoch(run: Run) -> None:
+    """Validates, notes the epoch in the run's folder and keeps the network if it is the best."""
+    images = len(run.train.labels)
+    logits = predict(run.network, run.val.images, run.preprocessing, run.config["precision"])
+    val_loss, val_accuracy = loss_and_accuracy(logits, run.val.labels)
+    train_loss, train_accuracy = running_metrics(run)
+    best_before = max((row["val_accuracy"] for row in run.history), default=-1.0)
+    run.epoch += 1
+    row = {
+        "epoch": run.epoch,
+        "step": run.epoch * run.steps_per_epoch,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "train_loss": train_loss,
+        "train_accuracy": train_accuracy,
+        "val_loss": val_loss,
+        "val_accuracy": val_accuracy,
+        "seconds": round(run.seconds, 2),
+        "images_per_second": round(images / run.seconds, 1),
+        "peak_memory_mib": peak_memory_mib(run.device),
+    }
+    run.history.append(row)
+    if val_accuracy > best_before:
+        run.best = run.checkpoint()
+    run.step, run.seconds = 0, 0.0
+    run.losses.zero_()
+    run.correct.zero_()
+    run.write_history()
+    print(
+        f"epoch {run.epoch}/{run.config['epochs']}: "
+        f"training loss {train_loss:.4f}, accuracy {train_accuracy:.2%}; "
+        f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}; "
+        f"{row['images_per_second']:,.0f} images/s",
+        flush=True,
+    )
+
+
+def running_metrics(run: Run) -> tuple[float, float]:
+    """Mean loss and accuracy over the images of the epoch so far. Waits for the device."""
+    images = min(run.step * run.config["batch_size"], len(run.train.labels))
+    losses = run.losses[: run.step].double().cpu()
+    weights = torch.full_like(losses, run.config["batch_size"])
+    weights[-1] = images - weights[:-1].sum()
+    return (losses @ weights).item() / images, run.correct.item() / images
+
+
+def check_finite(run: Run) -> None:
+    """Raises UserError if a loss of this epoch is NaN or infinite. Waits for the device."""
+    wrong = (~run.losses[: run.step].isfinite()).nonzero()
+    if len(wrong) == 0:
+        return
+    step = wrong[0].item()
+    run.save_best()
+    kept = [str(run.dir / name) for name in ("last.pt", "best.pt") if (run.dir / name).exists()]
+    raise UserError(
+        f"the loss became {run.losses[step].item()} in epoch {run.epoch + 1}, step {step + 1}; "
+        f"try a lower --lr than {run.config['lr']:g} or --precision fp32. "
+        f"Kept from before: {', '.join(kept) or 'nothing was saved yet'}"
+    )
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second one stops at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request)
+
+    def _request(self, number, _frame) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Report:
+    """Shows progress: a bar on a terminal, lines elsewhere. Watches the loss while at it."""
+
+    FIRST_STEPS = 8  # after which the time the run will take is known
+
+    def __init__(self):
+        self.bar = None
+        self.told_time = False
+
+    def start_epoch(self, run: Run) -> None:
+        self.first_step = run.step
+        self.started = self.last_shown = time.monotonic()
+        self.seconds_before = run.seconds
+        title = f"epoch {run.epoch + 1}/{run.config['epochs']}"
+        self.bar = tqdm(
+            desc=title,
+            initial=run.step * run.config["batch_size"],
+            total=len(run.train.labels),
+            unit="image",
+            leave=False,
+            disable=None,
+        )
+        self.interval = 60.0 if self.bar.disable else 1.0
+
+    def seconds(self) -> float:
+        """Spent on the epoch under way, before and after any interruption."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def step(self, run: Run) -> None:
+        images = min(run.step * run.config["batch_size"], len(run.train.labels)) - self.bar.n
+        self.bar.update(images)
+        steps = run.step - self.first_step
+        if not self.told_time and steps == 2:
+            check_finite(run)
+            self.warmed_up = time.monotonic()
+        if not self.told_time and steps == self.FIRST_STEPS:
+            check_finite(run)
+            self.tell_time(run)
+        if time.monotonic() - self.last_shown > self.interval:
+            check_finite(run)
+            self.show(run)
+
+    def show(self, run: Run) -> None:
+        loss, accuracy = running_metrics(run)
+        if self.bar.disable:
+            print(
+                f"epoch {run.epoch + 1}/{run.config['epochs']}, "
+                f"step {run.step}/{run.steps_per_epoch}: "
+                f"training loss {loss:.4f}, accuracy {accuracy:.2%}",
+                flush=True,
+            )
+        else:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}")
+        self.last_shown = time.monotonic()
+
+    def tell_time(self, run: Run) -> None:
+        self.told_time = True
+        step_seconds = (time.monotonic() - self.warmed_up) / (self.FIRST_STEPS - 2)
+        steps_left = run.total_steps - run.epoch * run.steps_per_epoch - run.step
+        epochs_left = run.config["epochs"] - run.epoch
+        # A validation image costs about a third of a training image: no backward pass.
+        validation_steps = epochs_left * len(run.val.labels) / run.config["batch_size"] / 3
+        duration = readable_duration(step_seconds * (steps_left + validation_steps))
+        message = f"this run will take about {duration}"
+        if run.device.type == "cpu" and run.config["dataset"] != "shapes":
+            message += "; quicker: --epochs 2, --dataset shapes (minutes), or a GPU"
+        self.bar.write(message)
+
+    def end_epoch(self, run: Run) -> None:
+        check_finite(run)
+        run.seconds = self.seconds()
+        self.bar.close()
+
+
+def readable_duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
+def evaluate_command(run: Run) -> str:
+    command = f"python evaluate.py {run.dir / 'best.pt'}"
+    if run.config["dataset"] == "cifar10" and run.config["data_dir"] != DEFAULT_DATA_DIR:
+        command += f" --data-dir {run.config['data_dir']}"
+    return command
+
+
+# ---------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------
+
+
+def start(given: dict) -> Run:
+    """Prepares a new run or loads a stopped one; nothing is written before all of it is known."""
+    resume, output_dir = given.pop("resume", None), given.pop("output_dir", None)
+    config = resumed_config(resume, given) if resume else new_config(given)
+    run_dir = resume or new_run_dir(config, output_dir)
+    device = select_device(config["device"])
+    config["precision"] = select_precision(config["precision"], device)
+    dataset = load_dataset(config["dataset"], config["data_dir"])
+    run = Run(run_dir, config, dataset, device)
+    if resume and (run_dir / "last.pt").exists():
+        run.load()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {run_dir}: {error.strerror}") from None
+    run.write_config()
+    return run
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    keep_freed_memory()
+    run = start(vars(arguments))
+    stop = StopRequest()
+    report = Report()
+    config = run.config
+    print(
+        f"AlexNet on {config['dataset']}: {len(run.train.labels):,} training and "
+        f"{len(run.val.labels):,} validation images, {config['optimizer']}, "
+        f"{config['epochs']} epochs, {config['precision']} on {device_name(run.device)}\n"
+        f"the run's folder is {run.dir}",
+        flush=True,
+    )
+    if run.epoch or run.step:
+        print(f"resumed after epoch {run.epoch}, step {run.step}", flush=True)
+
+    while run.epoch < config["epochs"]:
+        train_epoch(run, report, stop)
+        if run.step == run.steps_per_epoch:
+            finish_epoch(run)
+        if stop.signal:
+            run.save()
+            print(f"stopped; go on with: python train.py --resume {run.dir}", file=sys.stderr)
+            return 128 + stop.signal
+        if time.monotonic() - run.last_save > 60 * config["save_every"]:
+            run.save()
+    run.save()
+
+    best = max(run.history, key=lambda row: row["val_accuracy"])
+    print(
+        f"finished: best validation accuracy {best['val_accuracy']:.2%} after epoch "
+        f"{best['epoch']}; curves in {run.dir / 'curves.png'}\n"
+        f"evaluate it with: {evaluate_command(run)}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

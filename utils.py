@@ -1,0 +1,248 @@
+"""What the scripts share about a run: errors, device, precision, checkpoints, the run's record."""
+
+import contextlib
+import ctypes
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+FORMAT = "alexnet-cifar10"
+FORMAT_VERSION = 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """What the user can put right. Its one line names the file or option and says what to do."""
+
+
+def run_script(main) -> None:
+    """Calls main() and exits with its code; a UserError becomes one line on stderr and code 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        message = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------
+# Device and precision
+# ---------------------------------------------------------------------------------------------
+
+
+def select_device(name: str) -> torch.device:
+    """The device called name: "auto" (a CUDA GPU, else the CPU), "cpu", "cuda", "cuda:1", "mps".
+
+    Raises UserError if torch does not know it or cannot use it here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {name} cannot be used here ({reason}); try --device auto or --device cpu"
+        ) from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or mps")
+    return device
+
+
+def select_precision(name: str, device: torch.device) -> str:
+    """ "fp32" or "bf16". "auto" takes bf16 where the hardware multiplies bf16 matrices faster."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    if device.type == "cpu":
+        return "bf16" if _cpu_multiplies_bf16() else "fp32"
+    return "fp32"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    # The same question to torch versions without the public function.
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which the network runs in this precision ("fp32" or "bf16")."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def keep_freed_memory() -> None:
+    """Lets the process reuse the memory of freed tensors; call it before the first tensor.
+
+    glibc returns each large block to the system when it is freed, and the next one costs a page
+    fault per 4 KiB: over a quarter of a training step on a CPU. Does nothing without glibc.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: larger pages for large tensors
+    m_trim_threshold, m_mmap_max = -1, -4  # from glibc's malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)
+
+
+def device_name(device: torch.device) -> str:
+    """For people: the GPU's name, or the CPU's and the number of threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple GPU"
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_mib(device: torch.device) -> int | None:
+    """The most memory used so far: torch's on a GPU, else the process's; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files that are whole or not there
+# ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path):
+    """Yields a temporary path beside `path`, which replaces it once written and on the disk.
+
+    Raises UserError if that cannot be done (a full disk, a folder that is not writable); `path`
+    is then as it was.
+    """
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        yield Path(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError.
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Writes content (tensors and plain types) so that path is always a whole checkpoint."""
+    with atomic_write(path) as temporary:
+        torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **content}, temporary)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Reads a checkpoint of train.py onto the CPU. Nothing in the file is executed.
+
+    Raises UserError, naming the file, if it is missing, damaged, of another program, or newer.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a checkpoint in it, such as {path / 'best.pt'}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than tensors and plain values, so it was not loaded: "
+            "it could execute code. Only checkpoints written by train.py can be used"
+        ) from None
+    except Exception:  # torch's reader raises many types on a damaged file
+        what = "is truncated or damaged" if _looks_like_zip(path) else "is not a checkpoint"
+        raise UserError(f"{path} {what}; use another checkpoint") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this program: train.py writes those")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {content.get('format_version')}; this program reads "
+            f"version {FORMAT_VERSION}: use the program's version that wrote it"
+        )
+    return content
+
+
+def _looks_like_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK" or zipfile.is_zipfile(path)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a run is made of
+# ---------------------------------------------------------------------------------------------
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, hardware, git commit and command line: what one needs to repeat a run."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code, "-modified" if tracked files differ from it; None without git."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=-modified", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
