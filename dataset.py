@@ -5,12 +5,13 @@ an index into them, normalised, and resampled once to 227x227; that one resampli
 the augmentation.
 """
 
+import functools
 import os
-import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from utils import UserError
 DATASETS = ("cifar10", "shapes")
 DEFAULT_DATA_DIR = "data"
 VALIDATION_IMAGES_PER_CLASS = 500
+NETWORK_TIMEOUT = 30.0  # seconds; without it a silent network would hang
 # One stream for the split and the shapes: every run of every seed sees the same data.
 DATA_SEED = 2012
 
@@ -65,12 +67,11 @@ class Preprocessing:
     @classmethod
     def of(cls, images: Tensor) -> "Preprocessing":
         """Mean and standard deviation over all pixels of uint8 images [N, 3, H, W]."""
-        pixels = images.movedim(1, 0).flatten(1)
-        # Chunks in float64: exact, and 8 bytes for every pixel at once would be 1.1 GB.
-        total = sum(chunk.double().sum(1) for chunk in pixels.split(2**22, dim=1))
-        squares = sum(chunk.double().square().sum(1) for chunk in pixels.split(2**22, dim=1))
-        mean = total / pixels.shape[1]
-        std = (squares / pixels.shape[1] - mean**2).sqrt()
+        value = torch.arange(256, dtype=torch.float64)
+        counts = [channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]
+        share = torch.stack(counts).double() * 3 / images.numel()
+        mean = share @ value
+        std = (share @ value**2 - mean**2).sqrt()
         return cls(mean.tolist(), std.tolist())
 
 
@@ -168,15 +169,16 @@ def _fetch_cifar10(data_dir: Path) -> None:
                 extract_archive(str(archive), aside)
             else:
                 _download_cifar10(aside)
-        except (OSError, RuntimeError, EOFError) as error:
+        except (OSError, RuntimeError, HTTPException) as error:
             raise UserError(_no_cifar10(data_dir, error)) from None
         folder = data_dir / CIFAR10.base_folder
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(Path(aside) / CIFAR10.base_folder, folder)
+        folder.mkdir(exist_ok=True)
+        for file in (Path(aside) / CIFAR10.base_folder).iterdir():
+            file.replace(folder / file.name)
 
 
 def _download_cifar10(folder: str) -> None:
-    socket.setdefaulttimeout(30)  # seconds without an answer; a silent network would hang
+    socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
         CIFAR10(folder, download=True)
     finally:
@@ -304,12 +306,18 @@ def resample(images: Tensor, maps: Tensor, preprocessing: Preprocessing) -> Tens
     torch.nn.functional.interpolate(mode="bilinear") gives.
     """
     size = preprocessing.size
-    mean = torch.tensor(preprocessing.mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(preprocessing.std, device=images.device).view(3, 1, 1)
+    mean = _per_channel(tuple(preprocessing.mean), images.device)
+    std = _per_channel(tuple(preprocessing.std), images.device)
     grid = F.affine_grid(maps, [len(images), 3, size, size], align_corners=False)
     normalised = (images - mean) / std
     resampled = F.grid_sample(normalised, grid, padding_mode="reflection", align_corners=False)
     return resampled.contiguous(memory_format=torch.channels_last)
+
+
+@functools.lru_cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[3, 1, 1] on the device; kept, because each copy to a GPU waits for it."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def identity_maps(n: int, device: torch.device | str = "cpu") -> Tensor:

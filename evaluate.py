@@ -24,6 +24,7 @@ from dataset import (
 )
 from model import IMAGE_SIZE, AlexNet
 from utils import (
+    OneLineParser,
     UserError,
     atomic_write,
     autocast,
@@ -47,8 +48,9 @@ def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
     """
     checkpoint = load_checkpoint(path)
     try:
-        network = AlexNet(**checkpoint["model"])
-        network.load_state_dict(checkpoint["weights"])
+        with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+            network = AlexNet(**checkpoint["model"])
+        network.load_state_dict(checkpoint["weights"], assign=True)
         preprocessing = Preprocessing(**checkpoint["preprocessing"])
         _check_fits(checkpoint, network, preprocessing)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -58,14 +60,21 @@ def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
 
 
 def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing) -> None:
-    if len(checkpoint["classes"]) != network.config["num_classes"]:
-        raise ValueError("the number of classes differs from the network's")
-    if len(preprocessing.mean) != 3 or len(preprocessing.std) != 3 or min(preprocessing.std) <= 0:
-        raise ValueError("preprocessing needs three means and three positive deviations")
-    if preprocessing.size != IMAGE_SIZE:
-        raise ValueError(f"the network takes images of {IMAGE_SIZE} pixels")
-    if checkpoint["training"]["dataset"] not in DATASETS:
-        raise ValueError("the data set is not one of this program's")
+    """Raises ValueError, TypeError or KeyError for what evaluation could not work with."""
+    if any(weight.dtype != torch.float32 for weight in network.parameters()):
+        raise ValueError("the weights are not float32")
+    classes, training = checkpoint["classes"], checkpoint["training"]
+    if len(classes) != network.config["num_classes"] or not all(map(str.isprintable, classes)):
+        raise ValueError("the classes do not fit the network")
+    for numbers in (preprocessing.mean, preprocessing.std):
+        if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+            raise ValueError("preprocessing needs a mean and a deviation for each of 3 channels")
+    if min(preprocessing.std) <= 0 or preprocessing.size != IMAGE_SIZE:
+        raise ValueError("the preprocessing does not fit the network")
+    if training["dataset"] not in DATASETS or training["precision"] not in ("fp32", "bf16"):
+        raise ValueError("the data set or the precision is unknown")
+    if not all(isinstance(count, int) for count in (checkpoint["epoch"], training["epochs"])):
+        raise TypeError("the number of epochs is no whole number")
 
 
 @torch.no_grad()
@@ -148,7 +157,7 @@ def print_summary(summary: dict) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint of train.py.")
+    parser = OneLineParser(description="Evaluate a checkpoint of train.py.")
     parser.add_argument("checkpoint", type=Path, help="a best.pt or last.pt")
     parser.add_argument("--split", choices=("test", "val"), default="test")
     parser.add_argument(

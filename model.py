@@ -7,6 +7,8 @@ github.com/computerhistory/AlexNet-Source-Code, called "the 2012 source" here.
     logits = AlexNet()(torch.randn(8, 3, 227, 227))  # [8, 10]
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ class LocalResponseNorm(nn.Module):
     def forward(self, a: Tensor) -> Tensor:
         # A compiler differentiates and fuses the plain formula itself.
         apply = _normalise if torch.compiler.is_compiling() else _LocalResponseNorm.apply
-        with torch.autocast(a.device.type, enabled=False):
+        with _without_autocast(a.device.type):
             return apply(a, self.size, self.alpha, self.beta, self.k)
 
     def extra_repr(self) -> str:
@@ -70,10 +72,17 @@ class _LocalResponseNorm(torch.autograd.Function):
         out = torch.empty_like(a)
         images = _images_at_once(a)
         parts = zip(grad.split(images), a.split(images), out.split(images), strict=True)
-        with torch.autocast(a.device.type, enabled=False):
+        with _without_autocast(a.device.type):
             for grad_part, a_part, out_part in parts:
                 out_part.copy_(_normalise_gradient(grad_part, a_part, *ctx.constants))
         return out, None, None, None, None
+
+
+def _without_autocast(device_type: str):
+    """Autocast would compute sums in bf16 and powers in fp32; here both follow the input."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _images_at_once(a: Tensor) -> int:

@@ -32,6 +32,7 @@ from dataset import (
 from evaluate import load_network, loss_and_accuracy, predict
 from model import AlexNet
 from utils import (
+    OneLineParser,
     UserError,
     atomic_write,
     autocast,
@@ -49,11 +50,22 @@ from utils import (
 # Recipes: what the options are unless the command line says otherwise
 # ---------------------------------------------------------------------------------------------
 
+SGD = {"momentum": 0.9, "weight_decay": 5e-4}
+ADAM = {"weight_decay": 0.0}
 RECIPES = {
-    ("cifar10", "sgd"): dict(epochs=60, batch_size=128, lr=0.01, momentum=0.9, weight_decay=5e-4),
-    ("cifar10", "adam"): dict(epochs=60, batch_size=128, lr=2e-4, weight_decay=0.0),
-    ("shapes", "sgd"): dict(epochs=6, batch_size=32, lr=0.01, momentum=0.9, weight_decay=5e-4),
-    ("shapes", "adam"): dict(epochs=6, batch_size=32, lr=1e-4, weight_decay=0.0),
+    ("cifar10", "sgd"): {"epochs": 60, "batch_size": 128, "lr": 0.01, **SGD},
+    ("cifar10", "adam"): {"epochs": 60, "batch_size": 128, "lr": 2e-4, **ADAM},
+    ("shapes", "sgd"): {"epochs": 6, "batch_size": 32, "lr": 0.01, **SGD},
+    ("shapes", "adam"): {"epochs": 6, "batch_size": 32, "lr": 1e-4, **ADAM},
+}
+DEFAULTS = {
+    "dataset": "cifar10",
+    "optimizer": "sgd",
+    "data_dir": DEFAULT_DATA_DIR,
+    "seed": 0,
+    "device": "auto",
+    "precision": "auto",
+    "save_every": 3.0,
 }
 WARM_UP = 0.05  # of all steps
 
@@ -73,7 +85,7 @@ def learning_rate(step: int, total_steps: int, peak: float) -> float:
 
 
 def make_optimizer(network: AlexNet, config: dict) -> torch.optim.Optimizer:
-    settings = dict(lr=config["lr"], weight_decay=config["weight_decay"], fused=True)
+    settings = {"lr": config["lr"], "weight_decay": config["weight_decay"], "fused": True}
     if config["optimizer"] == "sgd":
         return torch.optim.SGD(network.parameters(), momentum=config["momentum"], **settings)
     return torch.optim.Adam(network.parameters(), **settings)
@@ -113,10 +125,8 @@ def seed(text: str) -> int:
     return value
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train AlexNet.", argument_default=argparse.SUPPRESS
-    )
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description="Train AlexNet.", argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("--dataset", choices=DATASETS, help="default: cifar10")
     add("--data-dir", help=f"where CIFAR-10 is or goes; default: {DEFAULT_DATA_DIR}")
@@ -133,14 +143,12 @@ def parse_arguments() -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output-dir", type=Path, help="default: runs/DATASET-OPTIMIZER")
     where.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a stopped run")
-    return parser.parse_args()
+    return parser
 
 
 def new_config(given: dict) -> dict:
     """Every setting of a new run: what was given, else the recipe's."""
-    config = dict(dataset="cifar10", optimizer="sgd", data_dir=DEFAULT_DATA_DIR, seed=0)
-    config.update(device="auto", precision="auto", save_every=3.0)
-    config.update(given)
+    config = {**DEFAULTS, **given}
     recipe = RECIPES[config["dataset"], config["optimizer"]]
     if "momentum" in config and "momentum" not in recipe:
         raise UserError("--momentum is for --optimizer sgd; leave it out with adam")
@@ -161,22 +169,35 @@ def new_run_dir(config: dict, output_dir: Path | None) -> Path:
     return output_dir
 
 
-def resumed_config(run_dir: Path, given: dict) -> dict:
-    """The settings of the run in run_dir with the given changes. Raises UserError for others."""
+def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
+    """The settings of the run in run_dir with the given changes, and its earlier starts.
+
+    Raises UserError if there is no run, or for changes that would make it another experiment.
+    """
+    path = run_dir / "config.json"
     try:
-        config = json.loads((run_dir / "config.json").read_text())["settings"]
+        record = json.loads(path.read_text())
+        settings = make_parser().parse_args(as_command_line(record["settings"]))
+        config, starts = new_config(vars(settings)), list(record["starts"])
     except FileNotFoundError:
         raise UserError(f"--resume {run_dir}: there is no run in it (no config.json)") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir / 'config.json'} cannot be read ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        raise UserError(f"{path} is not the record of a run ({error})") from None
     for name, value in given.items():
         if name not in CHANGEABLE and value != config.get(name):
-            option = "--" + name.replace("_", "-")
             raise UserError(
-                f"{option} {value} would make it another experiment than {run_dir}, which has "
-                f"{config.get(name)}: leave it out, or start a new run"
+                f"{as_option(name)} {value} would make it another experiment than {run_dir}, "
+                f"which has {config.get(name)}: leave it out, or start a new run"
             )
-    return {**config, "device": "auto", **given}
+    return {**config, "device": "auto", **given}, starts
+
+
+def as_option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def as_command_line(settings: dict) -> list[str]:
+    return [f"{as_option(name)}={value}" for name, value in settings.items()]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -253,9 +274,21 @@ class Run:
             self.seconds, self.history = progress["seconds"], progress["history"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} cannot be resumed from ({error})") from None
+        if self.epoch > self.config["epochs"]:
+            raise UserError(
+                f"--epochs {self.config['epochs']} is less than the {self.epoch} that "
+                f"{self.dir} already has"
+            )
+        if content["training"]["epochs"] != self.config["epochs"]:
+            print(
+                f"{self.config['epochs']} epochs instead of {content['training']['epochs']}: "
+                "the learning rate goes on from here along the new, longer schedule"
+            )
 
-    def write_config(self) -> None:
-        content = {"settings": self.config, "environment": environment(self.device)}
+    def write_config(self, earlier_starts: list) -> None:
+        """Writes config.json: the settings, and what the run was started and resumed with."""
+        starts = [*earlier_starts, environment(self.device)]
+        content = {"settings": self.config, "starts": starts}
         with atomic_write(self.dir / "config.json") as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -318,9 +351,8 @@ def train_epoch(run: Run, report: "Report", stop: "StopRequest") -> None:
         if stop.signal:
             break
         if time.monotonic() - run.last_save > 60 * config["save_every"]:
-            check_finite(run)
             run.seconds = report.seconds()
-            run.save()
+            save(run)
     report.end_epoch(run)
 
 
@@ -329,6 +361,8 @@ def finish_epoch(run: Run) -> None:
     images = len(run.train.labels)
     logits = predict(run.network, run.val.images, run.preprocessing, run.config["precision"])
     val_loss, val_accuracy = loss_and_accuracy(logits, run.val.labels)
+    if not math.isfinite(val_loss):
+        raise diverged(run, f"the validation loss became {val_loss}", run.step)
     train_loss, train_accuracy = running_metrics(run)
     best_before = max((row["val_accuracy"] for row in run.history), default=-1.0)
     run.epoch += 1
@@ -369,18 +403,30 @@ def running_metrics(run: Run) -> tuple[float, float]:
     return (losses @ weights).item() / images, run.correct.item() / images
 
 
-def check_finite(run: Run) -> None:
+def check_losses(run: Run) -> None:
     """Raises UserError if a loss of this epoch is NaN or infinite. Waits for the device."""
     wrong = (~run.losses[: run.step].isfinite()).nonzero()
-    if len(wrong) == 0:
-        return
-    step = wrong[0].item()
+    if len(wrong):
+        step = wrong[0].item()
+        raise diverged(run, f"the loss became {run.losses[step].item()}", step + 1)
+
+
+def save(run: Run) -> None:
+    """Saves the run. Raises UserError instead if a number in it is NaN or infinite."""
+    check_losses(run)
+    if not all(weight.isfinite().all() for weight in run.network.parameters()):
+        raise diverged(run, "a weight became NaN or infinite", run.step)
+    run.save()
+
+
+def diverged(run: Run, what: str, step: int) -> UserError:
+    """The error that ends a run gone wrong, after its best network has been written."""
     run.save_best()
     kept = [str(run.dir / name) for name in ("last.pt", "best.pt") if (run.dir / name).exists()]
-    raise UserError(
-        f"the loss became {run.losses[step].item()} in epoch {run.epoch + 1}, step {step + 1}; "
-        f"try a lower --lr than {run.config['lr']:g} or --precision fp32. "
-        f"Kept from before: {', '.join(kept) or 'nothing was saved yet'}"
+    return UserError(
+        f"{what} in epoch {run.epoch + 1}, step {step}; try a lower --lr than "
+        f"{run.config['lr']:g}, or --precision fp32. "
+        f"Kept from before: {' and '.join(kept) or 'nothing, no epoch was finished'}"
     )
 
 
@@ -431,13 +477,13 @@ class Report:
         self.bar.update(images)
         steps = run.step - self.first_step
         if not self.told_time and steps == 2:
-            check_finite(run)
+            check_losses(run)
             self.warmed_up = time.monotonic()
         if not self.told_time and steps == self.FIRST_STEPS:
-            check_finite(run)
+            check_losses(run)
             self.tell_time(run)
         if time.monotonic() - self.last_shown > self.interval:
-            check_finite(run)
+            check_losses(run)
             self.show(run)
 
     def show(self, run: Run) -> None:
@@ -460,14 +506,14 @@ class Report:
         epochs_left = run.config["epochs"] - run.epoch
         # A validation image costs about a third of a training image: no backward pass.
         validation_steps = epochs_left * len(run.val.labels) / run.config["batch_size"] / 3
-        duration = readable_duration(step_seconds * (steps_left + validation_steps))
-        message = f"this run will take about {duration}"
-        if run.device.type == "cpu" and run.config["dataset"] != "shapes":
-            message += "; quicker: --epochs 2, --dataset shapes (minutes), or a GPU"
+        seconds = step_seconds * (steps_left + validation_steps)
+        message = f"this run will take about {readable_duration(seconds)}"
+        if run.device.type == "cpu" and seconds > 1800:
+            message += "; quicker: fewer --epochs, --dataset shapes (two minutes), or a GPU"
         self.bar.write(message)
 
     def end_epoch(self, run: Run) -> None:
-        check_finite(run)
+        check_losses(run)
         run.seconds = self.seconds()
         self.bar.close()
 
@@ -495,7 +541,7 @@ def evaluate_command(run: Run) -> str:
 def start(given: dict) -> Run:
     """Prepares a new run or loads a stopped one; nothing is written before all of it is known."""
     resume, output_dir = given.pop("resume", None), given.pop("output_dir", None)
-    config = resumed_config(resume, given) if resume else new_config(given)
+    config, starts = resumed_config(resume, given) if resume else (new_config(given), [])
     run_dir = resume or new_run_dir(config, output_dir)
     device = select_device(config["device"])
     config["precision"] = select_precision(config["precision"], device)
@@ -503,21 +549,35 @@ def start(given: dict) -> Run:
     run = Run(run_dir, config, dataset, device)
     if resume and (run_dir / "last.pt").exists():
         run.load()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {run_dir}: {error.strerror}") from None
-    run.write_config()
+    if run.epoch < config["epochs"]:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {run_dir}: {error.strerror}") from None
+        run.write_config(starts)
     return run
 
 
+def finish(run: Run) -> int:
+    best = max(run.history, key=lambda row: row["val_accuracy"])
+    print(
+        f"finished: best validation accuracy {best['val_accuracy']:.2%} after epoch "
+        f"{best['epoch']}; curves in {run.dir / 'curves.png'}\n"
+        f"evaluate it with: {evaluate_command(run)}"
+    )
+    return 0
+
+
 def main() -> int:
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
     keep_freed_memory()
     run = start(vars(arguments))
+    config = run.config
+    if run.epoch == config["epochs"]:
+        print(f"{run.dir} has all its {run.epoch} epochs; give more --epochs to go on")
+        return finish(run)
     stop = StopRequest()
     report = Report()
-    config = run.config
     print(
         f"AlexNet on {config['dataset']}: {len(run.train.labels):,} training and "
         f"{len(run.val.labels):,} validation images, {config['optimizer']}, "
@@ -533,20 +593,13 @@ def main() -> int:
         if run.step == run.steps_per_epoch:
             finish_epoch(run)
         if stop.signal:
-            run.save()
+            save(run)
             print(f"stopped; go on with: python train.py --resume {run.dir}", file=sys.stderr)
             return 128 + stop.signal
         if time.monotonic() - run.last_save > 60 * config["save_every"]:
-            run.save()
-    run.save()
-
-    best = max(run.history, key=lambda row: row["val_accuracy"])
-    print(
-        f"finished: best validation accuracy {best['val_accuracy']:.2%} after epoch "
-        f"{best['epoch']}; curves in {run.dir / 'curves.png'}\n"
-        f"evaluate it with: {evaluate_command(run)}"
-    )
-    return 0
+            save(run)
+    save(run)
+    return finish(run)
 
 
 if __name__ == "__main__":

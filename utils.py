@@ -1,5 +1,6 @@
 """What the scripts share about a run: errors, device, precision, checkpoints, the run's record."""
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -26,6 +27,16 @@ FORMAT_VERSION = 1
 
 class UserError(Exception):
     """What the user can put right. Its one line names the file or option and says what to do."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors: one line without the whole usage."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
 
 
 def run_script(main) -> None:

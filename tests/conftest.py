@@ -1,0 +1,41 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers_in_every_test():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir():
+    """Where the real CIFAR-10 is: the environment variable CIFAR10_DIR, or data/."""
+    folder = Path(os.environ.get("CIFAR10_DIR", ROOT / "data"))
+    if not (folder / "cifar-10-batches-py").is_dir():
+        pytest.skip("CIFAR-10 is neither in CIFAR10_DIR nor in data/")
+    return folder
+
+
+def run_python(*arguments, cwd, **settings):
+    """Runs a script of the project as a user does and returns the finished process."""
+    script, *rest = map(str, arguments)
+    command = [sys.executable, str(ROOT / script), *rest]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False, **settings
+    )
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory):
+    """The folder and the output of one epoch of `python train.py --dataset shapes`."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run_python("train.py", "--dataset", "shapes", "--epochs", "1", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done

@@ -1,0 +1,349 @@
+import functools
+import pickle
+import shutil
+import socket
+import tarfile
+import threading
+import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import calculate_md5
+
+import dataset
+from dataset import (
+    Augmentation,
+    Preprocessing,
+    Split,
+    draw_shapes,
+    identity_maps,
+    load_cifar10,
+    load_dataset,
+    random_maps,
+    resample,
+    stratified_split,
+    training_batches,
+)
+from utils import UserError
+
+PLAIN = Preprocessing([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
+
+
+def numbered_split(n):
+    """Each image is one colour that tells its number; its label is the number."""
+    images = torch.zeros(n, 3, 32, 32, dtype=torch.uint8)
+    images[:] = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1)
+    return Split(images, torch.arange(n))
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return draw_shapes()
+
+
+# --- Splits -------------------------------------------------------------------------------------
+
+
+def test_stratified_split_is_fixed_disjoint_and_stratified():
+    labels = torch.tensor([0, 1, 2] * 40)
+    whole = Split(torch.arange(120, dtype=torch.uint8).view(-1, 1, 1, 1), labels)
+    train, val = stratified_split(whole, 10)
+    assert val.labels.bincount().tolist() == [10, 10, 10]
+    assert train.labels.bincount().tolist() == [30, 30, 30]
+    together = torch.cat([train.images, val.images]).flatten()
+    assert together.sort().values.tolist() == list(range(120))
+    again, _ = stratified_split(whole, 10)
+    assert torch.equal(again.images, train.images)
+
+
+def test_real_cifar10(cifar10_dir):
+    data = load_cifar10(cifar10_dir)
+    assert data.classes[:3] == ["airplane", "automobile", "bird"]
+    for split, per_class in ((data.train, 4500), (data.val, 500), (data.test, 1000)):
+        assert split.images.shape == (10 * per_class, 3, 32, 32)
+        assert split.images.dtype == torch.uint8
+        assert split.labels.bincount().tolist() == [per_class] * 10
+    official = CIFAR10(cifar10_dir, train=True).data.transpose(0, 3, 1, 2)
+
+    def rows(images):
+        return sorted(map(bytes, np.asarray(images).reshape(len(images), -1)))
+
+    assert rows(torch.cat([data.train.images, data.val.images])) == rows(official)
+
+
+def test_channel_statistics(shapes):
+    images = shapes.train.images
+    ours = Preprocessing.of(images)
+    pixels = images.numpy().astype(np.float64).transpose(1, 0, 2, 3).reshape(3, -1)
+    np.testing.assert_allclose(ours.mean, pixels.mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(ours.std, pixels.std(axis=1), rtol=1e-10)
+
+
+# --- Shapes -------------------------------------------------------------------------------------
+
+
+def test_shapes_are_the_same_every_time_and_balanced(shapes):
+    again = draw_shapes()
+    for name in ("train", "val", "test"):
+        split = getattr(shapes, name)
+        assert torch.equal(split.images, getattr(again, name).images)
+        assert len(set(split.labels.bincount().tolist())) == 1
+        assert split.labels.unique().tolist() == list(range(10))
+
+
+def test_no_shape_is_in_two_splits(shapes):
+    pictures = [s.images.flatten(1).numpy() for s in (shapes.train, shapes.val, shapes.test)]
+    distinct = {row.tobytes() for split in pictures for row in split}
+    assert len(distinct) == sum(map(len, pictures))
+
+
+# --- Resampling ---------------------------------------------------------------------------------
+
+
+def test_identity_resampling_is_interpolation(shapes):
+    images = shapes.train.images[:16]
+    ours = resample(images, identity_maps(16), PLAIN)
+    expected = F.interpolate(images.float(), 227, mode="bilinear", antialias=False)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_resampling_normalises(shapes):
+    images = shapes.train.images
+    out = resample(images[:500], identity_maps(500), Preprocessing.of(images))
+    torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=0.1)
+    assert ((out.std((0, 2, 3)) > 0.85) & (out.std((0, 2, 3)) < 1.1)).all()
+
+
+def test_mirror_map_is_flip(shapes):
+    images = shapes.train.images[:4]
+    mirror = identity_maps(4).clone()
+    mirror[:, 0, 0] = -1
+    expected = resample(images, identity_maps(4), PLAIN).flip(3)
+    torch.testing.assert_close(resample(images, mirror, PLAIN), expected, rtol=0, atol=1e-2)
+
+
+def test_shift_map_moves_whole_pixels(shapes):
+    """A shift by 3 pixels shows what the image cut off on the left and reflected shows."""
+    images = shapes.train.images[:4]
+    maps = identity_maps(4).clone()
+    maps[:, 0, 2] = 3 / 16
+    small = Preprocessing([0.0] * 3, [1.0] * 3, size=32)
+    moved = resample(images, maps, small)
+    expected = torch.cat([images[..., 3:], images[..., -3:].flip(3)], dim=3).float()
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-2)
+
+
+def test_random_maps_stay_in_range_and_mirror_half():
+    maps = random_maps(4000, Augmentation(shift=4), torch.Generator().manual_seed(0))
+    shift = maps[:, :, 2] * 16
+    assert shift.abs().max() <= 4
+    assert shift.abs().max() > 3.9
+    mirrored = maps[:, 0, 0] == -1
+    assert 0.45 < mirrored.float().mean() < 0.55
+    assert torch.equal(maps[:, :, :2].abs(), torch.eye(2).expand(4000, 2, 2))
+    still = random_maps(5, Augmentation(flip=False, shift=0), torch.Generator())
+    assert torch.equal(still, identity_maps(5))
+
+
+# --- Batches ------------------------------------------------------------------------------------
+
+
+def batches(seed=0, epoch=0, first_step=0, n=100):
+    return list(
+        training_batches(numbered_split(n), PLAIN, Augmentation(), 32, seed, epoch, first_step)
+    )
+
+
+def test_an_epoch_covers_each_image_once():
+    parts = batches()
+    assert [len(labels) for _, labels in parts] == [32, 32, 32, 4]
+    assert torch.cat([labels for _, labels in parts]).sort().values.tolist() == list(range(100))
+    for images, labels in parts:  # each picture goes with its own label
+        torch.testing.assert_close(images.mean((1, 2, 3)), labels.float(), rtol=1e-4, atol=1e-3)
+
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    first = batches(seed=1, epoch=2)
+    torch.manual_seed(99)
+    torch.rand(5)
+    for (images, labels), (same_images, same_labels) in zip(
+        first, batches(seed=1, epoch=2), strict=True
+    ):
+        assert torch.equal(images, same_images)
+        assert torch.equal(labels, same_labels)
+    for other in (batches(seed=2, epoch=1), batches(seed=1, epoch=3), batches(seed=2, epoch=2)):
+        assert not torch.equal(first[0][1], other[0][1])
+
+
+def test_resumed_batches_are_the_rest_of_the_epoch():
+    whole, rest = batches(epoch=5), batches(epoch=5, first_step=2)
+    assert len(rest) == 2
+    for (images, labels), (rest_images, rest_labels) in zip(whole[2:], rest, strict=True):
+        assert torch.equal(images, rest_images)
+        assert torch.equal(labels, rest_labels)
+
+
+# --- Getting CIFAR-10: a tiny stand-in of the same layout, with its own checksums ---------------
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Serves the files in tmp_path; returns the server's address."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def tiny_cifar10(tmp_path, monkeypatch):
+    """A folder with an archive laid out as CIFAR-10's; torchvision is given its checksums."""
+    source = tmp_path / "source" / CIFAR10.base_folder
+    source.mkdir(parents=True)
+    monkeypatch.setattr(dataset, "VALIDATION_IMAGES_PER_CLASS", 1)
+    names = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
+    for i, name in enumerate(names):
+        batch = {"data": np.full((20, 3072), i, np.uint8), "labels": list(range(10)) * 2}
+        (source / name).write_bytes(pickle.dumps(batch))
+    (source / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    sums = [[name, calculate_md5(source / name)] for name in names]
+    monkeypatch.setattr(CIFAR10, "train_list", sums[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", sums[5:])
+    meta = {**CIFAR10.meta, "md5": calculate_md5(source / "batches.meta")}
+    monkeypatch.setattr(CIFAR10, "meta", meta)
+    archive = tmp_path / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source, CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", calculate_md5(archive))
+    monkeypatch.setattr(CIFAR10, "url", f"file://{tmp_path}/nowhere.tar.gz")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return archive, folder
+
+
+def test_users_archive_is_used_without_a_download(tiny_cifar10):
+    archive, folder = tiny_cifar10
+    shutil.copy(archive, folder)
+    data = load_cifar10(folder)
+    assert len(data.train.labels) == 90
+    assert data.classes == list("abcdefghij")
+    assert sorted(p.name for p in folder.iterdir()) == [CIFAR10.base_folder, CIFAR10.filename]
+    (folder / CIFAR10.filename).unlink()
+    assert torch.equal(load_cifar10(folder).train.images, data.train.images)
+
+
+def test_download_is_used_when_nothing_is_there(tiny_cifar10, monkeypatch, serve, capsys):
+    archive, folder = tiny_cifar10
+    monkeypatch.setattr(CIFAR10, "url", f"{serve}/{archive.name}")
+    assert len(load_cifar10(folder).test.labels) == 20
+    assert [p.name for p in folder.iterdir()] == [CIFAR10.base_folder]
+    assert "100%" in capsys.readouterr().err
+
+
+def test_download_that_arrives_damaged(tiny_cifar10, monkeypatch, serve):
+    archive, folder = tiny_cifar10
+    monkeypatch.setattr(CIFAR10, "url", f"{serve}/{archive.name}")
+    archive.write_bytes(archive.read_bytes()[:-100])
+    with pytest.raises(UserError, match="corrupted"):
+        load_cifar10(folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_missing_data_offers_three_ways(tiny_cifar10):
+    _, folder = tiny_cifar10
+    with pytest.raises(UserError) as error:
+        load_cifar10(folder)
+    for word in (str(folder), CIFAR10.url, CIFAR10.filename, "--data-dir", "--dataset shapes"):
+        assert word in str(error.value)
+    assert list(folder.iterdir()) == []
+
+
+def test_silent_network_does_not_hang(tiny_cifar10, monkeypatch):
+    """A server that accepts and never answers; the timeout is shortened for the test."""
+    _, folder = tiny_cifar10
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/cifar-10-python.tar.gz"
+        monkeypatch.setattr(CIFAR10, "url", url)
+        monkeypatch.setattr(dataset, "NETWORK_TIMEOUT", 0.5)
+        started = time.monotonic()
+        with pytest.raises(UserError, match="timed out"):
+            load_cifar10(folder)
+        assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+def test_damaged_file_is_named(tiny_cifar10, name):
+    archive, folder = tiny_cifar10
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    path = folder / CIFAR10.base_folder / name
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        load_cifar10(folder)
+
+
+def test_file_with_code_is_not_opened(tiny_cifar10, tmp_path):
+    archive, folder = tiny_cifar10
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+
+    class Attack:
+        def __reduce__(self):
+            return (tmp_path.joinpath("attacked").touch, ())
+
+    (folder / CIFAR10.base_folder / "data_batch_1").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(UserError, match="data_batch_1 is damaged"):
+        load_cifar10(folder)
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_damaged_archive_is_named_and_kept(tiny_cifar10):
+    archive, folder = tiny_cifar10
+    broken = folder / CIFAR10.filename
+    broken.write_bytes(archive.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz is damaged"):
+        load_cifar10(folder)
+    assert [p.name for p in folder.iterdir()] == [CIFAR10.filename]
+
+
+def test_incomplete_folder_is_completed_from_the_archive(tiny_cifar10):
+    archive, folder = tiny_cifar10
+    shutil.copy(archive, folder)
+    load_cifar10(folder)
+    (folder / CIFAR10.base_folder / "data_batch_2").unlink()
+    assert len(load_cifar10(folder).train.labels) == 90
+
+
+def test_data_dir_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"--data-dir .*nowhere is not a folder"):
+        load_dataset("cifar10", tmp_path / "nowhere")
+
+
+def test_default_data_dir_is_made(tiny_cifar10, tmp_path, monkeypatch, serve):
+    archive, _ = tiny_cifar10
+    monkeypatch.chdir(tmp_path / "source")
+    monkeypatch.setattr(CIFAR10, "url", f"{serve}/{archive.name}")
+    assert len(load_dataset("cifar10").train.labels) == 90
+
+
+def test_data_dir_that_is_not_writable(tiny_cifar10, monkeypatch):
+    _, folder = tiny_cifar10
+    # The tests may run as root, who may write everywhere.
+    monkeypatch.setattr(dataset.os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="not writable"):
+        load_cifar10(folder)
+
+
+def test_shapes_picture_has_its_class(shapes):
+    """A ramp is smooth and a checkerboard is not: classes are told apart by what is drawn."""
+    images = shapes.train.images.float().mean(1)
+    steps = images.diff(dim=2).abs().mean((1, 2))
+    by_class = [steps[shapes.train.labels == c].mean() for c in range(10)]
+    names = shapes.classes
+    assert by_class[names.index("checkerboard")] > 2 * by_class[names.index("ramp")]

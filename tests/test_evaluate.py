@@ -1,0 +1,259 @@
+import json
+import os
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_python
+from torch import nn
+
+import evaluate
+from dataset import Preprocessing, Split, draw_shapes
+from evaluate import load_network, predict, summarise, wilson_interval
+from model import AlexNet
+from utils import FORMAT, FORMAT_VERSION, UserError, run_script, save_checkpoint
+
+CLASSES = list("abc")
+
+
+@pytest.fixture(scope="module")
+def content():
+    """A complete checkpoint of a network that was never trained."""
+    torch.manual_seed(0)
+    network = AlexNet(num_classes=3)
+    return {
+        "model": network.config,
+        "weights": network.state_dict(),
+        "classes": CLASSES,
+        "preprocessing": vars(Preprocessing([120.0] * 3, [60.0] * 3)),
+        "training": {"dataset": "shapes", "precision": "fp32", "epochs": 1},
+        "epoch": 1,
+    }
+
+
+# --- Numbers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    # Newcombe, Statistics in Medicine 17 (1998), Table I, method 3.
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_equals_published_values(correct, total, low, high):
+    np.testing.assert_allclose(wilson_interval(correct, total), (low, high), atol=5e-5)
+
+
+def test_wilson_interval_stays_in_range():
+    assert wilson_interval(10, 10)[1] == 1.0
+    assert wilson_interval(0, 10)[0] == 0.0
+
+
+def test_summary_of_a_case_counted_by_hand():
+    logits = torch.tensor([[9.0, 0, 0], [0, 9, 0], [0, 9, 0], [0, 0, 9], [9, 0, 0], [0, 9, 0]])
+    labels = torch.tensor([0, 0, 1, 2, 2, 2])
+    summary = summarise(logits, Split(torch.empty(6), labels), CLASSES)
+    assert summary["confusion_matrix"] == [[1, 1, 0], [0, 1, 0], [1, 1, 1]]
+    assert summary["accuracy"] == 0.5
+    assert [row["accuracy"] for row in summary["per_class"]] == [1 / 2, 1, 1 / 3]
+    assert [row["images"] for row in summary["per_class"]] == [2, 1, 3]
+    pairs = {(p["class"], p["taken_for"], p["images"]) for p in summary["most_confused"]}
+    assert pairs == {("a", "b", 1), ("c", "a", 1), ("c", "b", 1)}
+    # Right answers cost log(1 + 2 e^-9), wrong ones 9 more.
+    assert summary["loss"] == pytest.approx(np.log(1 + 2 * np.exp(-9)) + 4.5, rel=1e-5)
+
+
+def test_prediction_does_not_depend_on_the_batches(content, monkeypatch):
+    network = AlexNet(num_classes=3)
+    network.load_state_dict(content["weights"])
+    preprocessing = Preprocessing(**content["preprocessing"])
+    images = draw_shapes().val.images[:7]
+    at_once = predict(network, images, preprocessing, "fp32")
+    monkeypatch.setattr(evaluate, "BATCH_SIZE", 3)
+    in_parts = predict(network, images, preprocessing, "fp32")
+    torch.testing.assert_close(in_parts, at_once, rtol=1e-4, atol=1e-5)
+    plain = nn.functional.interpolate((images.float() - 120) / 60, 227, mode="bilinear")
+    with torch.no_grad():
+        torch.testing.assert_close(at_once, network.eval()(plain), rtol=1e-3, atol=1e-4)
+
+
+# --- The script ---------------------------------------------------------------------------------
+
+
+def test_evaluation_of_a_trained_checkpoint(trained_run):
+    folder, _ = trained_run
+    run_dir = folder / "runs" / "shapes-sgd"
+    done = run_python("evaluate.py", run_dir / "best.pt", "--json", "out.json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((folder / "out.json").read_text())
+    assert record["split"] == "test"
+    assert record["images"] == 1000
+    matrix = np.array(record["confusion_matrix"])
+    assert matrix.sum(axis=1).tolist() == [100] * 10
+    assert record["accuracy"] == pytest.approx(np.trace(matrix) / 1000)
+    low, high = record["interval_95"]
+    assert low < record["accuracy"] < high
+    for word in ("top-1 accuracy", "cross-entropy", "checkerboard", "most confused"):
+        assert word in done.stdout
+    assert (run_dir / "confusion-test.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_last_checkpoint_can_be_evaluated_too(trained_run):
+    folder, _ = trained_run
+    load_network(folder / "runs" / "shapes-sgd" / "last.pt")
+
+
+# --- Bad checkpoints: one line, exit code 2, nothing executed -----------------------------------
+
+
+class Attack:
+    def __reduce__(self):
+        return (os.mkdir, ("attacked",))
+
+
+def write_missing(path, content):
+    pass
+
+
+def write_empty(path, content):
+    path.write_bytes(b"")
+
+
+def write_text(path, content):
+    path.write_text("not a checkpoint")
+
+
+def write_folder(path, content):
+    path.mkdir()
+
+
+def write_truncated(path, content):
+    save_checkpoint(path, content)
+    with open(path, "rb+") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def write_weights_alone(path, content):
+    torch.save(content["weights"], path)
+
+
+def write_list(path, content):
+    torch.save([1, 2, 3], path)
+
+
+def write_whole_module(path, content):
+    torch.save(nn.Linear(1, 1), path)
+
+
+def write_attack(path, content):
+    torch.save({**content, "format": FORMAT, "extra": Attack()}, path)
+
+
+def write_bare_pickle_attack(path, content):
+    path.write_bytes(pickle.dumps(Attack()))
+
+
+def write_newer_format(path, content):
+    torch.save({**content, "format": FORMAT, "format_version": FORMAT_VERSION + 1}, path)
+
+
+BAD_FILES = [
+    (write_missing, "does not exist"),
+    (write_empty, "is not a checkpoint"),
+    (write_text, "hold"),
+    (write_folder, "is a folder"),
+    (write_truncated, "truncated or damaged"),
+    (write_weights_alone, "not a checkpoint of this program"),
+    (write_list, "not a checkpoint of this program"),
+    (write_whole_module, "could execute code"),
+    (write_attack, "could execute code"),
+    (write_bare_pickle_attack, "could execute code"),
+    (write_newer_format, "format version 2"),
+]
+
+
+@pytest.mark.parametrize(("write", "named"), BAD_FILES, ids=[w.__name__ for w, _ in BAD_FILES])
+def test_bad_checkpoint_is_one_line(tmp_path, monkeypatch, capsys, content, write, named):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.pt"
+    write(path, content)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(evaluate.main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith("evaluate.py: error: ")
+    assert error.count("\n") == 1
+    assert str(path) in error
+    assert named in error
+    assert {p.name for p in tmp_path.iterdir()} <= {"bad.pt"}
+
+
+BAD_PARTS = {
+    "model": [None, {"num_classes": 0}, {"layers": 3}, {"num_classes": 2**60}, {"groups": "2"}],
+    "weights": [None, {}, {"conv1.weight": torch.zeros(1)}],
+    "classes": [None, ["a"], [1, 2, 3], ["a", "b", "\x1b[31m"]],
+    "preprocessing": [
+        None,
+        {"mean": [0.0], "std": [1.0]},
+        {"mean": [0.0] * 3, "std": [0.0] * 3},
+        {"mean": [float("nan")] * 3, "std": [1.0] * 3},
+        {"mean": [0.0] * 3, "std": [1.0] * 3, "size": 10**9},
+    ],
+    "training": [None, {}, {"dataset": "../x", "precision": "fp32", "epochs": 1}],
+    "epoch": [None, "one"],
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [(part, value) for part, values in BAD_PARTS.items() for value in values]
+)
+def test_checkpoint_whose_parts_do_not_fit(monkeypatch, content, part, value):
+    broken = {**content, part: value}
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: broken)
+    with pytest.raises(UserError, match=r"bad\.pt is not a complete checkpoint"):
+        load_network("bad.pt")
+
+
+@pytest.mark.parametrize("part", BAD_PARTS)
+def test_checkpoint_with_a_part_missing(monkeypatch, content, part):
+    broken = {name: value for name, value in content.items() if name != part}
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: broken)
+    with pytest.raises(UserError, match=r"bad\.pt is not a complete checkpoint"):
+        load_network("bad.pt")
+
+
+def test_saved_network_comes_back(tmp_path, content):
+    save_checkpoint(tmp_path / "good.pt", content)
+    network, preprocessing, _ = load_network(tmp_path / "good.pt")
+    assert not network.training
+    assert preprocessing.mean == [120.0] * 3
+    for name, weight in network.state_dict().items():
+        assert torch.equal(weight, content["weights"][name])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--split train", "train"),
+        ("--json nowhere/out.json", "nowhere"),
+        ("--device cuda:99", "--device cuda:99"),
+        ("--precision fp64", "fp64"),
+        ("", "checkpoint"),
+    ],
+)
+def test_bad_option_is_one_line(monkeypatch, capsys, options, named):
+    checkpoint = ["best.pt"] if options else []
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *checkpoint, *options.split()])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(evaluate.main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    assert named in error

@@ -1,0 +1,287 @@
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from model import AlexNet, LocalResponseNorm
+
+# Paper §3.5 and Fig. 2: weights and biases, counted by hand from the filter sizes.
+PARAMETERS = {
+    "conv1": 34_944,
+    "conv2": 614_656,
+    "conv3": 885_120,
+    "conv4": 1_327_488,
+    "conv5": 884_992,
+    "fc6": 37_752_832,
+    "fc7": 16_781_312,
+    "fc8": 40_970,
+}
+GROUPED = {"conv2": 307_456, "conv4": 663_936, "conv5": 442_624}
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return AlexNet().eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(2, 3, 227, 227, generator=torch.Generator().manual_seed(1))
+
+
+def count_by_layer(network):
+    return {
+        name: sum(p.numel() for p in layer.parameters())
+        for name, layer in network.named_children()
+        if any(True for _ in layer.parameters())
+    }
+
+
+def on_meta(**settings):
+    with torch.device("meta"):
+        return AlexNet(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed", "total"),
+    [
+        ({}, {}, 58_322_314),
+        ({"groups": 2}, GROUPED, 56_909_194),
+        ({"groups": 2, "num_classes": 1000}, {**GROUPED, "fc8": 4_097_000}, 60_965_224),
+    ],
+)
+def test_parameter_counts(settings, changed, total):
+    counts = count_by_layer(on_meta(**settings))
+    assert counts == {**PARAMETERS, **changed}
+    assert sum(counts.values()) == total
+
+
+def test_layer_output_shapes(network, images):
+    shapes = {}
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out, name=name: shapes.update({name: out.shape}))
+        for name, layer in network.named_children()
+    ]
+    network(images)
+    for hook in hooks:
+        hook.remove()
+    sides = {"conv1": 55, "norm1": 55, "pool1": 27, "conv2": 27, "norm2": 27, "pool2": 13}
+    sides |= {"conv3": 13, "conv4": 13, "conv5": 13, "pool5": 6}
+    channels = {"1": 96, "2": 256, "3": 384, "4": 384, "5": 256}
+    for name, side in sides.items():
+        assert shapes[name] == (2, channels[name[-1]], side, side), name
+    assert shapes["fc6"] == shapes["fc7"] == (2, 4096)
+    assert shapes["fc8"] == (2, 10)
+
+
+# --- The forward pass in NumPy, float64, from the paper's description ---------------------------
+
+
+def numpy_conv(x, weight, bias, stride=1, padding=0, groups=1):
+    x = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    size = weight.shape[2]
+    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(2, 3))
+    windows = windows[:, :, ::stride, ::stride]
+    out = [
+        np.einsum("nchwij,ocij->nohw", part, filters, optimize=True)
+        for part, filters in zip(
+            np.split(windows, groups, axis=1), np.split(weight, groups), strict=True
+        )
+    ]
+    return np.concatenate(out, axis=1) + bias[:, None, None]
+
+
+def numpy_pool(x):
+    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(2, 3))
+    return windows[:, :, ::2, ::2].max(axis=(4, 5))
+
+
+def numpy_lrn(a, size=5, alpha=1e-4, beta=0.75, k=2.0):
+    channels = a.shape[1]
+    out = np.empty_like(a)
+    for i in range(channels):
+        window = slice(max(0, i - size // 2), min(channels, i + (size - 1) // 2 + 1))
+        energy = (a[:, window] ** 2).sum(axis=1)
+        out[:, i] = a[:, i] / (k + alpha / size * energy) ** beta
+    return out
+
+
+def numpy_alexnet(x, p, groups):
+    def conv(x, name, **settings):
+        return np.maximum(numpy_conv(x, p[f"{name}.weight"], p[f"{name}.bias"], **settings), 0)
+
+    x = numpy_pool(numpy_lrn(conv(x, "conv1", stride=4)))
+    x = numpy_pool(numpy_lrn(conv(x, "conv2", padding=2, groups=groups)))
+    x = conv(x, "conv3", padding=1)
+    x = conv(x, "conv4", padding=1, groups=groups)
+    x = numpy_pool(conv(x, "conv5", padding=1, groups=groups))
+    x = x.reshape(len(x), -1)
+    x = np.maximum(x @ p["fc6.weight"].T + p["fc6.bias"], 0)
+    x = np.maximum(x @ p["fc7.weight"].T + p["fc7.bias"], 0)
+    return x @ p["fc8.weight"].T + p["fc8.bias"]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_forward_equals_numpy_in_float64(groups, images):
+    network = AlexNet(groups=groups).double().eval()
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    nn.init.normal_(network.fc8.weight)
+    images = images.double() * 100  # large activations, so that the normalisation matters
+    with torch.no_grad():
+        ours = network(images).numpy()
+    expected = numpy_alexnet(
+        images.numpy(), {n: p.numpy() for n, p in network.state_dict().items()}, groups
+    )
+    np.testing.assert_allclose(ours, expected, rtol=1e-10)
+
+
+# --- Local response normalisation ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("channels", [1, 3, 16])
+def test_lrn_equals_the_formula_and_its_gradient(size, channels):
+    norm = LocalResponseNorm(size, alpha=0.3, beta=0.75, k=1.5)
+    a = torch.randn(3, channels, 4, 5, dtype=torch.float64, requires_grad=True)
+    expected = numpy_lrn(a.detach().numpy(), size, 0.3, 0.75, 1.5)
+    np.testing.assert_allclose(norm(a).detach().numpy(), expected, rtol=1e-13)
+    assert torch.autograd.gradcheck(norm, (a,))
+    assert torch.autograd.gradgradcheck(norm, (a,))
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.75, 1.0])
+@pytest.mark.parametrize("shape", [(2, 7), (2, 7, 5), (2, 7, 3, 4), (2, 7, 2, 3, 4), (0, 7, 3, 3)])
+def test_lrn_takes_any_shape_and_exponent(shape, beta):
+    a = torch.randn(shape, dtype=torch.float64)
+    ours = LocalResponseNorm(3, 0.1, beta, 2.0)(a)
+    np.testing.assert_allclose(ours.numpy(), numpy_lrn(a.numpy(), 3, 0.1, beta, 2.0), rtol=1e-13)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_lrn_equals_torch_in_float32(memory_format):
+    """Large enough that the batch is worked through in parts."""
+    a = (torch.randn(8, 96, 55, 55) * 50).relu().to(memory_format=memory_format)
+    grad = torch.randn_like(a)
+    results = []
+    for norm in (LocalResponseNorm(), nn.LocalResponseNorm(5, 1e-4, 0.75, 2.0)):
+        leaf = a.clone().requires_grad_()
+        out = norm(leaf)
+        out.backward(grad)
+        results.append((out, leaf.grad))
+    (ours, our_grad), (theirs, their_grad) = results
+    assert ours.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(our_grad, their_grad, rtol=1e-5, atol=1e-5)
+
+
+def test_lrn_in_bf16_is_within_its_rounding():
+    a = (torch.randn(4, 96, 13, 13) * 50).bfloat16()
+    expected = numpy_lrn(a.double().numpy())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = LocalResponseNorm()(a)
+    assert ours.dtype == torch.bfloat16
+    # bf16 has a relative rounding error of 2^-9; a handful of roundings stay under 2^-6.
+    np.testing.assert_allclose(ours.double().numpy(), expected, rtol=2**-6)
+
+
+def test_lrn_keeps_only_its_input_for_the_backward_pass():
+    kept = []
+    a = torch.randn(4, 96, 13, 13, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        LocalResponseNorm()(a)
+    assert [t.data_ptr() for t in kept] == [a.data_ptr()]
+
+
+# --- A well-behaved module ----------------------------------------------------------------------
+
+
+def test_state_dict_copy_and_pickle_keep_the_function(network, images):
+    expected = network(images)
+    restored = AlexNet().eval()
+    restored.load_state_dict(network.state_dict())
+    stored = io.BytesIO()
+    pickle.dump(network, stored)
+    stored.seek(0)
+    for other in (restored, copy.deepcopy(network), pickle.load(stored)):
+        assert torch.equal(other(images), expected)
+
+
+def test_compiles_without_graph_breaks(network, images):
+    # aot_eager traces forward and backward as inductor does, but needs no C++ compiler.
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), network(images))
+    compiled(images).sum().backward()
+    compiled_grad = network.conv1.weight.grad.clone()
+    network.zero_grad()
+    network(images).sum().backward()
+    torch.testing.assert_close(compiled_grad, network.conv1.weight.grad, rtol=1e-4, atol=1e-4)
+    network.zero_grad()
+
+
+def test_exports_with_any_batch_size(network, images):
+    batch = torch.export.Dim("batch", min=1)
+    exported = torch.export.export(network, (images,), dynamic_shapes=({0: batch},))
+    three = torch.cat([images, images[:1]])
+    torch.testing.assert_close(exported.module()(three), network(three))
+
+
+def test_on_meta_device_and_back():
+    network = on_meta(groups=2)
+    assert network(torch.empty(2, 3, 227, 227, device="meta")).shape == (2, 10)
+    network.to_empty(device="cpu").reset_parameters()
+    assert all(p.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("shape", [(3, 227, 227), (1, 3, 224, 224), (1, 1, 227, 227), (1, 3)])
+def test_wrong_input_shape_is_a_clear_error(network, shape):
+    with pytest.raises(ValueError, match=r"\[N, 3, 227, 227\], got \["):
+        network(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("settings", [{"num_classes": 0}, {"groups": 3}, {"dropout": 1.0}])
+def test_wrong_setting_is_a_clear_error(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        on_meta(**settings)
+
+
+def test_dropout_follows_the_relu_of_fc6_and_fc7(images):
+    """§4.2: half the outputs of fc6 and fc7 are zero in training, the others doubled."""
+    network = AlexNet().train()
+    seen = {}
+    for name in ("drop6", "drop7"):
+        network.get_submodule(name).register_forward_hook(
+            lambda _m, inputs, out, name=name: seen.update({name: (inputs[0], out)})
+        )
+    network(images)
+    for before, after in seen.values():
+        assert (before >= 0).all()
+        survived = after != 0
+        torch.testing.assert_close(after[survived], 2 * before[survived])
+        assert 0.4 < survived.sum() / (before > 0).sum() < 0.6
+
+
+def test_first_loss_is_that_of_guessing(images):
+    network = AlexNet()
+    loss = nn.functional.cross_entropy(network(images), torch.tensor([0, 1]))
+    assert abs(loss.item() - np.log(10)) < 0.3
+
+
+def test_import_needs_nothing_but_torch():
+    code = (
+        "import sys, torch; before = set(sys.modules); import model; "
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "sys.exit(', '.join(new - {'model', 'torch', *sys.stdlib_module_names}) or 0)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

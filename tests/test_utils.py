@@ -1,0 +1,122 @@
+import os
+
+import pytest
+import torch
+
+from utils import (
+    OneLineParser,
+    UserError,
+    atomic_write,
+    load_checkpoint,
+    peak_memory_mib,
+    run_script,
+    save_checkpoint,
+    select_device,
+    select_precision,
+)
+
+
+def test_write_replaces_the_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("full")])
+def test_failed_write_leaves_the_file_as_it_was(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write_half():
+        with atomic_write(path) as temporary:
+            temporary.write_text("ne")
+            raise error
+
+    with pytest.raises(UserError, match="cannot write"):
+        write_half()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_disk_that_fills_up_is_one_line(tmp_path):
+    """A limit on the size of files fails a write half-way, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*last\.pt"):
+            save_checkpoint(path, {"step": 2, "weights": torch.zeros(2**20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_checkpoint(path)["step"] == 1
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_written_files_have_the_usual_permissions(tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    with atomic_write(tmp_path / "ours") as temporary:
+        temporary.write_text("")
+    assert (tmp_path / "ours").stat().st_mode == plain.stat().st_mode
+
+
+def test_checkpoint_returns_as_it_was(tmp_path):
+    content = {"tensor": torch.randn(3), "list": [1, 2.5, "three", None], "nested": {"a": True}}
+    save_checkpoint(tmp_path / "c.pt", content)
+    loaded = load_checkpoint(tmp_path / "c.pt")
+    assert torch.equal(loaded["tensor"], content["tensor"])
+    assert loaded["list"] == content["list"]
+    assert loaded["nested"] == content["nested"]
+
+
+def test_user_error_is_one_line_and_code_2(capsys):
+    def fail():
+        raise UserError("first\nsecond")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_script(fail)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith("error: first second\n")
+
+
+def test_programming_error_is_not_hidden():
+    def fail():
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        run_script(fail)
+
+
+def test_parser_takes_no_abbreviations():
+    parser = OneLineParser()
+    parser.add_argument("--epochs")
+    with pytest.raises(UserError, match="--epo"):
+        parser.parse_args(["--epo", "3"])
+
+
+def test_precision_asked_for_is_kept():
+    for name in ("fp32", "bf16"):
+        assert select_precision(name, torch.device("cpu")) == name
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16")])
+def test_automatic_precision_on_a_gpu(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert select_precision("auto", torch.device("cuda")) == expected
+
+
+def test_automatic_device():
+    assert select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_peak_memory_counts_what_was_used():
+    before = peak_memory_mib(torch.device("cpu"))
+    block = torch.ones(2**28)  # 1 GiB
+    assert peak_memory_mib(torch.device("cpu")) >= max(before, 1024)
+    del block
