@@ -25,7 +25,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from model import IMAGE_SIZE
 from utils import UserError
 
-DATASETS = ("cifar10", "shapes")
+DATASETS = {"cifar10": "CIFAR-10", "shapes": "shapes"}  # names for options and for people
 DEFAULT_DATA_DIR = "data"
 VALIDATION_IMAGES_PER_CLASS = 500
 NETWORK_TIMEOUT = 30.0  # seconds; without it a silent network would hang

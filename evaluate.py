@@ -188,7 +188,7 @@ def main() -> None:
     logits = predict(network.to(device), split.images, preprocessing, precision)
     summary = summarise(logits, split, checkpoint["classes"])
 
-    what = f"{training['dataset']} {args.split} split"
+    what = f"{DATASETS[training['dataset']]}, {args.split} split"
     print(f"{args.checkpoint}: AlexNet after epoch {checkpoint['epoch']} of {training['epochs']}")
     print(f"{what}, {summary['images']:,} images, one view, {precision} on {device_name(device)}\n")
     print_summary(summary)

@@ -61,7 +61,7 @@ def confusion_matrix(matrix: np.ndarray, classes: list[str], title: str) -> Figu
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     for true, row in enumerate(share):
         for predicted, value in enumerate(row):
-            if value >= 0.5:
+            if value > 0.5:  # smaller shares would be printed as 0
                 colour = "white" if value > 55 else "black"
                 axes.text(predicted, true, f"{value:.0f}", ha="center", va="center", color=colour)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")

@@ -50,6 +50,7 @@ from utils import (
 # Recipes: what the options are unless the command line says otherwise
 # ---------------------------------------------------------------------------------------------
 
+OPTIMIZERS = {"sgd": "SGD", "adam": "Adam"}  # names for options and for people
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}
 ADAM = {"weight_decay": 0.0}
 RECIPES = {
@@ -130,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--dataset", choices=DATASETS, help="default: cifar10")
     add("--data-dir", help=f"where CIFAR-10 is or goes; default: {DEFAULT_DATA_DIR}")
-    add("--optimizer", choices=("sgd", "adam"), help="default: sgd")
+    add("--optimizer", choices=OPTIMIZERS, help="default: sgd")
     add("--epochs", type=positive(int), help="default: 60, with shapes 6")
     add("--batch-size", type=positive(int), help="default: 128, with shapes 32")
     add("--lr", type=positive(float), help="highest learning rate; default: see RECIPES")
@@ -302,7 +303,8 @@ class Run:
                 writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(self.history)
-        title = f"AlexNet on {self.config['dataset']}, {self.config['optimizer']}"
+        dataset, optimizer = DATASETS[self.config["dataset"]], OPTIMIZERS[self.config["optimizer"]]
+        title = f"AlexNet on {dataset}, {optimizer}"
         curves = figures.learning_curves(self.history, title)
         figures.save_figure(curves, self.dir / "curves.png")
 
@@ -579,8 +581,8 @@ def main() -> int:
     stop = StopRequest()
     report = Report()
     print(
-        f"AlexNet on {config['dataset']}: {len(run.train.labels):,} training and "
-        f"{len(run.val.labels):,} validation images, {config['optimizer']}, "
+        f"AlexNet on {DATASETS[config['dataset']]}: {len(run.train.labels):,} training and "
+        f"{len(run.val.labels):,} validation images, {OPTIMIZERS[config['optimizer']]}, "
         f"{config['epochs']} epochs, {config['precision']} on {device_name(run.device)}\n"
         f"the run's folder is {run.dir}",
         flush=True,
