@@ -8,7 +8,7 @@ import argparse
 import csv
 import json
 import math
-import signal
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -33,17 +33,22 @@ from evaluate import load_network, loss_and_accuracy, predict
 from model import AlexNet
 from utils import (
     OneLineParser,
+    StopRequest,
     UserError,
     atomic_write,
     autocast,
     device_name,
     environment,
     keep_freed_memory,
+    non_negative_int,
     peak_memory_mib,
+    positive_float,
+    positive_int,
     run_script,
     save_checkpoint,
     select_device,
     select_precision,
+    share,
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -97,50 +102,23 @@ def make_optimizer(network: AlexNet, config: dict) -> torch.optim.Optimizer:
 # ---------------------------------------------------------------------------------------------
 
 
-def positive(kind):
-    """An argparse type: a finite number of this kind above zero."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return value
-
-    parse.__name__ = {int: "whole number", float: "number"}[kind]
-    return parse
-
-
-def share(text: str) -> float:
-    """An argparse type: a number of at least 0 and below 1."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
-    return value
-
-
-def seed(text: str) -> int:
-    """An argparse type: a whole number of at least 0 and below 2^63."""
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 2^63")
-    return value
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description="Train AlexNet.", argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("--dataset", choices=DATASETS, help="default: cifar10")
     add("--data-dir", help=f"where CIFAR-10 is or goes; default: {DEFAULT_DATA_DIR}")
     add("--optimizer", choices=OPTIMIZERS, help="default: sgd")
-    add("--epochs", type=positive(int), help="default: 60, with shapes 6")
-    add("--batch-size", type=positive(int), help="default: 128, with shapes 32")
-    add("--lr", type=positive(float), help="highest learning rate; default: see RECIPES")
+    add("--epochs", type=positive_int, help="default: 60, with shapes 6")
+    add("--batch-size", type=positive_int, help="default: 128, with shapes 32")
+    add("--lr", type=positive_float, help="highest learning rate; default: see RECIPES")
     add("--momentum", type=share, help="of sgd; default: 0.9")
     add("--weight-decay", type=share, help="default: 5e-4 with sgd, 0 with adam")
-    add("--seed", type=seed, help="of weights, order, augmentation, dropout; default: 0")
+    add(
+        "--seed", type=non_negative_int, help="of weights, order, augmentation, dropout; default: 0"
+    )
     add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
     add("--precision", choices=("auto", "fp32", "bf16"), help="default: auto")
-    add("--save-every", type=positive(float), metavar="MINUTES", help="of last.pt; default: 3")
+    add("--save-every", type=positive_float, metavar="MINUTES", help="of last.pt; default: 3")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output-dir", type=Path, help="default: runs/DATASET-OPTIMIZER")
     where.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a stopped run")
@@ -330,7 +308,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
 
-def train_epoch(run: Run, report: "Report", stop: "StopRequest") -> None:
+def train_epoch(run: Run, report: "Report", stop: StopRequest) -> None:
     """Goes on with the epoch under way to its end, or until a stop is requested."""
     config = run.config
     run.network.train()
@@ -432,20 +410,6 @@ def diverged(run: Run, what: str, step: int) -> UserError:
     )
 
 
-class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second one stops at once."""
-
-    def __init__(self):
-        self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._request)
-
-    def _request(self, number, _frame) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 class Report:
     """Shows progress: a bar on a terminal, lines elsewhere. Watches the loss while at it."""
 
@@ -529,9 +493,9 @@ def readable_duration(seconds: float) -> str:
 
 
 def evaluate_command(run: Run) -> str:
-    command = f"python evaluate.py {run.dir / 'best.pt'}"
+    command = f"python evaluate.py {shlex.quote(str(run.dir / 'best.pt'))}"
     if run.config["dataset"] == "cifar10" and run.config["data_dir"] != DEFAULT_DATA_DIR:
-        command += f" --data-dir {run.config['data_dir']}"
+        command += f" --data-dir {shlex.quote(str(run.config['data_dir']))}"
     return command
 
 
@@ -562,9 +526,11 @@ def start(given: dict) -> Run:
 
 def finish(run: Run) -> int:
     best = max(run.history, key=lambda row: row["val_accuracy"])
+    seconds = sum(row["seconds"] for row in run.history)
     print(
-        f"finished: best validation accuracy {best['val_accuracy']:.2%} after epoch "
-        f"{best['epoch']}; curves in {run.dir / 'curves.png'}\n"
+        f"finished {run.epoch} epochs in {readable_duration(seconds)} of training: best "
+        f"validation accuracy {best['val_accuracy']:.2%} after epoch {best['epoch']}\n"
+        f"look at the curves in {run.dir / 'curves.png'}\n"
         f"evaluate it with: {evaluate_command(run)}"
     )
     return 0
@@ -596,7 +562,8 @@ def main() -> int:
             finish_epoch(run)
         if stop.signal:
             save(run)
-            print(f"stopped; go on with: python train.py --resume {run.dir}", file=sys.stderr)
+            folder = shlex.quote(str(run.dir))
+            print(f"stopped; go on with: python train.py --resume {folder}", file=sys.stderr)
             return 128 + stop.signal
         if time.monotonic() - run.last_save > 60 * config["save_every"]:
             save(run)

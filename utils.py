@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import ctypes
+import math
 import os
 import pickle
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,44 @@ class UserError(Exception):
     """What the user can put right. Its one line names the file or option and says what to do."""
 
 
+def run_script(main) -> None:
+    """Calls main() and exits with its code; what a user can cause becomes one line and code 2."""
+    try:
+        sys.exit(main())
+    except (UserError, OSError) as error:
+        _exit_with_line(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _exit_with_line("interrupted", 128 + signal.SIGINT)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        _exit_with_line("error: out of memory; try a smaller --batch-size", 2)
+
+
+def _exit_with_line(message: str, code: int) -> None:
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second one stops at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request)
+
+    def _request(self, number, _frame) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors: one line without the whole usage."""
 
@@ -39,17 +79,34 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def run_script(main) -> None:
-    """Calls main() and exits with its code; a UserError becomes one line on stderr and code 2."""
+def positive_int(text: str) -> int:
+    """An argparse type."""
+    return _number(text, int, lambda value: value > 0, "a whole number above 0")
+
+
+def non_negative_int(text: str) -> int:
+    """An argparse type, for what torch takes as a seed."""
+    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63")
+
+
+def positive_float(text: str) -> float:
+    """An argparse type."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def share(text: str) -> float:
+    """An argparse type."""
+    return _number(text, float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+
+
+def _number(text: str, kind, is_allowed, what: str):
     try:
-        sys.exit(main())
-    except UserError as error:
-        message = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        value = kind(text)
+    except ValueError:
+        value = math.nan  # in no range
+    if not is_allowed(value):
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------
@@ -67,7 +124,7 @@ def select_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # torch raises many types
         reason = str(error).splitlines()[0]
         raise UserError(
             f"--device {name} cannot be used here ({reason}); try --device auto or --device cpu"
@@ -78,7 +135,7 @@ def select_device(name: str) -> torch.device:
 
 
 def select_precision(name: str, device: torch.device) -> str:
-    """ "fp32" or "bf16". "auto" takes bf16 where the hardware multiplies bf16 matrices faster."""
+    """The name unless it is "auto": then bf16 if the hardware is made for it, else fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
