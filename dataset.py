@@ -209,11 +209,11 @@ SHAPES = [
     "rays",
     "ramp",
 ]
-SHAPES_PER_CLASS = {"train": 200, "val": 50, "test": 100}
+SHAPES_PER_CLASS = {"train": 150, "val": 50, "test": 100}
 
 
 def draw_shapes() -> Dataset:
-    """Ten classes of 32x32 pictures: 2,000 training, 500 validation and 1,000 test images."""
+    """Ten classes of 32x32 pictures: 1,500 training, 500 validation and 1,000 test images."""
     splits = {
         name: _draw_split(count, np.random.RandomState(DATA_SEED + number))
         for number, (name, count) in enumerate(SHAPES_PER_CLASS.items())
@@ -369,4 +369,4 @@ def plain_batches(
 
 def mix_seeds(*numbers: int) -> int:
     """One well-mixed seed from several numbers, so that (1, 2) and (2, 1) share nothing."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1

@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -188,11 +189,6 @@ def main() -> None:
     logits = predict(network.to(device), split.images, preprocessing, precision)
     summary = summarise(logits, split, checkpoint["classes"])
 
-    what = f"{DATASETS[training['dataset']]}, {args.split} split"
-    print(f"{args.checkpoint}: AlexNet after epoch {checkpoint['epoch']} of {training['epochs']}")
-    print(f"{what}, {summary['images']:,} images, one view, {precision} on {device_name(device)}\n")
-    print_summary(summary)
-
     if args.json:
         about = {
             "checkpoint": str(args.checkpoint),
@@ -204,8 +200,14 @@ def main() -> None:
         record = {**about, **summary, "training": training, "environment": environment(device)}
         with atomic_write(args.json) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+    what = f"{DATASETS[training['dataset']]}, {args.split} split"
+    print(f"{args.checkpoint}: AlexNet after epoch {checkpoint['epoch']} of {training['epochs']}")
+    print(f"{what}, {summary['images']:,} images, one view, {precision} on {device_name(device)}\n")
+    print_summary(summary)
+
     picture = args.checkpoint.parent / f"confusion-{args.split}.png"
-    matrix = torch.tensor(summary["confusion_matrix"]).numpy()
+    matrix = np.array(summary["confusion_matrix"])
     title = f"{what}: {summary['accuracy']:.1%} top-1"
     figures.save_figure(figures.confusion_matrix(matrix, checkpoint["classes"], title), picture)
     print(f"\nwrote {picture}")

@@ -59,10 +59,10 @@ OPTIMIZERS = {"sgd": "SGD", "adam": "Adam"}  # names for options and for people
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}
 ADAM = {"weight_decay": 0.0}
 RECIPES = {
-    ("cifar10", "sgd"): {"epochs": 60, "batch_size": 128, "lr": 0.01, **SGD},
-    ("cifar10", "adam"): {"epochs": 60, "batch_size": 128, "lr": 2e-4, **ADAM},
-    ("shapes", "sgd"): {"epochs": 6, "batch_size": 32, "lr": 0.01, **SGD},
-    ("shapes", "adam"): {"epochs": 6, "batch_size": 32, "lr": 1e-4, **ADAM},
+    ("cifar10", "sgd"): {"epochs": 40, "batch_size": 128, "lr": 0.01, **SGD},
+    ("cifar10", "adam"): {"epochs": 40, "batch_size": 128, "lr": 2e-4, **ADAM},
+    ("shapes", "sgd"): {"epochs": 4, "batch_size": 32, "lr": 0.01, **SGD},
+    ("shapes", "adam"): {"epochs": 4, "batch_size": 32, "lr": 1e-4, **ADAM},
 }
 DEFAULTS = {
     "dataset": "cifar10",
@@ -108,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dataset", choices=DATASETS, help="default: cifar10")
     add("--data-dir", help=f"where CIFAR-10 is or goes; default: {DEFAULT_DATA_DIR}")
     add("--optimizer", choices=OPTIMIZERS, help="default: sgd")
-    add("--epochs", type=positive_int, help="default: 60, with shapes 6")
+    add("--epochs", type=positive_int, help="default: 60, with shapes 4")
     add("--batch-size", type=positive_int, help="default: 128, with shapes 32")
     add("--lr", type=positive_float, help="highest learning rate; default: see RECIPES")
     add("--momentum", type=share, help="of sgd; default: 0.9")

@@ -35,6 +35,9 @@ def run_script(main) -> None:
     """Calls main() and exits with its code; what a user can cause becomes one line and code 2."""
     try:
         sys.exit(main())
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (UserError, OSError) as error:
         _exit_with_line(f"error: {error}", 2)
     except KeyboardInterrupt:
