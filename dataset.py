@@ -80,6 +80,8 @@ def load_dataset(name: str, data_dir: str | Path = DEFAULT_DATA_DIR) -> Dataset:
 
     Raises UserError if CIFAR-10 cannot be had or a file of it is damaged.
     """
+    if name not in DATASETS:
+        raise ValueError(f"no data set is called {name!r}; there are {', '.join(DATASETS)}")
     return draw_shapes() if name == "shapes" else load_cifar10(Path(data_dir))
 
 
@@ -187,7 +189,8 @@ def _download_cifar10(folder: str) -> None:
 
 def _no_cifar10(data_dir: Path, error: Exception) -> str:
     return (
-        f"CIFAR-10 is not in {data_dir} and getting it from {CIFAR10.url} failed ({error}). "
+        f"CIFAR-10 is not in {data_dir}, and fetching and unpacking it failed ({error}; it comes "
+        f"from {CIFAR10.url}). "
         f"Copy {CIFAR10.filename} into {data_dir}, or name the folder that holds it with "
         "--data-dir, or try --dataset shapes, which needs no download"
     )
@@ -286,7 +289,11 @@ def _coverage(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Augmentation:
-    """Random changes of a training image. Flip: mirror every other one. Shift: 32x32 pixels."""
+    """Random changes of a training image.
+
+    flip: mirror it left to right with probability 1/2.
+    shift: move it by up to this many of its own 32x32 pixels, in each direction.
+    """
 
     flip: bool = True
     shift: float = 4.0

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 import figures
@@ -55,7 +56,7 @@ def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
         preprocessing = Preprocessing(**checkpoint["preprocessing"])
         _check_fits(checkpoint, network, preprocessing)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise UserError(f"{path} is not a complete checkpoint ({reason}); use another") from None
     return network.eval().to(memory_format=torch.channels_last), preprocessing, checkpoint
 
@@ -96,8 +97,8 @@ def predict(
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     """Mean cross-entropy (nats) and top-1 accuracy (0..1)."""
     loss = F.cross_entropy(logits, labels)
-    accuracy = (logits.argmax(1) == labels).double().mean()
-    return loss.item(), accuracy.item()
+    correct = (logits.argmax(1) == labels).sum()
+    return loss.item(), correct.item() / len(labels)
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -140,6 +141,12 @@ def summarise(logits: Tensor, split: Split, classes: list[str]) -> dict:
     }
 
 
+def data_dir_of(training: dict) -> Path:
+    """Where the run had CIFAR-10, if it is still there, else the default folder."""
+    folder = Path(str(training.get("data_dir", DEFAULT_DATA_DIR)))
+    return folder if (folder / CIFAR10.base_folder).is_dir() else Path(DEFAULT_DATA_DIR)
+
+
 def print_summary(summary: dict) -> None:
     low, high = summary["interval_95"]
     print(f"top-1 accuracy  {summary['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%})")
@@ -162,7 +169,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="a best.pt or last.pt")
     parser.add_argument("--split", choices=("test", "val"), default="test")
     parser.add_argument(
-        "--data-dir", type=Path, default=Path(DEFAULT_DATA_DIR), help="default: %(default)s"
+        "--data-dir",
+        type=Path,
+        help=f"default: where the training found CIFAR-10, else {DEFAULT_DATA_DIR}",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument(
@@ -179,11 +188,15 @@ def main() -> None:
     keep_freed_memory()
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist")
+    if args.json and args.json.exists() and not args.json.is_file():
+        raise UserError(f"--json {args.json} is not a file")
     device = select_device(args.device)
     network, preprocessing, checkpoint = load_network(args.checkpoint)
     training = checkpoint["training"]
     precision = select_precision(args.precision or training["precision"], device)
-    dataset = load_dataset(training["dataset"], args.data_dir)
+    dataset = load_dataset(training["dataset"], args.data_dir or data_dir_of(training))
+    if dataset.classes != checkpoint["classes"]:
+        raise UserError(f"{args.checkpoint} has other classes than {training['dataset']}")
     split = getattr(dataset, args.split).to(device)
 
     logits = predict(network.to(device), split.images, preprocessing, precision)
@@ -202,11 +215,11 @@ def main() -> None:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
 
     what = f"{DATASETS[training['dataset']]}, {args.split} split"
-    print(f"{args.checkpoint}: AlexNet after epoch {checkpoint['epoch']} of {training['epochs']}")
+    print(f"{args.checkpoint}: AlexNet, {checkpoint['epoch']} of {training['epochs']} epochs")
     print(f"{what}, {summary['images']:,} images, one view, {precision} on {device_name(device)}\n")
     print_summary(summary)
 
-    picture = args.checkpoint.parent / f"confusion-{args.split}.png"
+    picture = args.checkpoint.with_name(f"{args.checkpoint.stem}-confusion-{args.split}.png")
     matrix = np.array(summary["confusion_matrix"])
     title = f"{what}: {summary['accuracy']:.1%} top-1"
     figures.save_figure(figures.confusion_matrix(matrix, checkpoint["classes"], title), picture)

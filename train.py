@@ -39,6 +39,7 @@ from utils import (
     autocast,
     device_name,
     environment,
+    fraction,
     keep_freed_memory,
     non_negative_int,
     peak_memory_mib,
@@ -48,7 +49,6 @@ from utils import (
     save_checkpoint,
     select_device,
     select_precision,
-    share,
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -59,8 +59,8 @@ OPTIMIZERS = {"sgd": "SGD", "adam": "Adam"}  # names for options and for people
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}
 ADAM = {"weight_decay": 0.0}
 RECIPES = {
-    ("cifar10", "sgd"): {"epochs": 40, "batch_size": 128, "lr": 0.01, **SGD},
-    ("cifar10", "adam"): {"epochs": 40, "batch_size": 128, "lr": 2e-4, **ADAM},
+    ("cifar10", "sgd"): {"epochs": 60, "batch_size": 128, "lr": 0.01, **SGD},
+    ("cifar10", "adam"): {"epochs": 60, "batch_size": 128, "lr": 2e-4, **ADAM},
     ("shapes", "sgd"): {"epochs": 4, "batch_size": 32, "lr": 0.01, **SGD},
     ("shapes", "adam"): {"epochs": 4, "batch_size": 32, "lr": 1e-4, **ADAM},
 }
@@ -108,21 +108,31 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dataset", choices=DATASETS, help="default: cifar10")
     add("--data-dir", help=f"where CIFAR-10 is or goes; default: {DEFAULT_DATA_DIR}")
     add("--optimizer", choices=OPTIMIZERS, help="default: sgd")
-    add("--epochs", type=positive_int, help="default: 60, with shapes 4")
-    add("--batch-size", type=positive_int, help="default: 128, with shapes 32")
-    add("--lr", type=positive_float, help="highest learning rate; default: see RECIPES")
-    add("--momentum", type=share, help="of sgd; default: 0.9")
-    add("--weight-decay", type=share, help="default: 5e-4 with sgd, 0 with adam")
+    add("--epochs", type=positive_int, help=recipe_defaults("epochs"))
+    add("--batch-size", type=positive_int, help=recipe_defaults("batch_size"))
+    add("--lr", type=positive_float, help=f"the highest; {recipe_defaults('lr')}")
+    add("--momentum", type=fraction, help=f"of sgd; {recipe_defaults('momentum')}")
+    add("--weight-decay", type=fraction, help=recipe_defaults("weight_decay"))
     add(
         "--seed", type=non_negative_int, help="of weights, order, augmentation, dropout; default: 0"
     )
     add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
     add("--precision", choices=("auto", "fp32", "bf16"), help="default: auto")
-    add("--save-every", type=positive_float, metavar="MINUTES", help="of last.pt; default: 3")
+    add("--save-every", type=positive_float, metavar="MINUTES", help="save that often; default: 3")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output-dir", type=Path, help="default: runs/DATASET-OPTIMIZER")
     where.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a stopped run")
     return parser
+
+
+def recipe_defaults(name: str) -> str:
+    """For --help: the option's default in each recipe."""
+    values = [
+        f"{recipe[name]:g} for {dataset} with {optimizer}"
+        for (dataset, optimizer), recipe in RECIPES.items()
+        if name in recipe
+    ]
+    return f"default: {', '.join(values)}"
 
 
 def new_config(given: dict) -> dict:
@@ -134,8 +144,21 @@ def new_config(given: dict) -> dict:
     return {**recipe, **config}
 
 
-def new_run_dir(config: dict, output_dir: Path | None) -> Path:
-    """The folder for a new run, not yet made. Raises UserError if it is taken."""
+def make_run_dir(config: dict, output_dir: Path | None) -> Path:
+    """Makes the folder for a new run. Raises UserError if that cannot be done."""
+    while True:
+        run_dir = free_run_dir(config, output_dir)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=run_dir == output_dir)
+            return run_dir
+        except FileExistsError:
+            continue  # another run has just taken the name
+        except OSError as error:
+            raise UserError(f"cannot make the folder {run_dir}: {error.strerror}") from None
+
+
+def free_run_dir(config: dict, output_dir: Path | None) -> Path:
+    """The folder for a new run, not yet made. Raises UserError if output_dir is taken."""
     if output_dir is None:
         name = f"{config['dataset']}-{config['optimizer']}"
         candidates = [Path("runs", name)] + [Path("runs", f"{name}-{i}") for i in range(2, 10000)]
@@ -168,7 +191,7 @@ def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
                 f"{as_option(name)} {value} would make it another experiment than {run_dir}, "
                 f"which has {config.get(name)}: leave it out, or start a new run"
             )
-    return {**config, "device": "auto", **given}, starts
+    return {**config, **given}, starts
 
 
 def as_option(name: str) -> str:
@@ -207,21 +230,40 @@ class Run:
         self.history: list[dict] = []
         self.best: dict | None = None  # the best network, until it is written to best.pt
         self.last_save = time.monotonic()
+        self.told_time = False  # whether the user knows how long the run will take
 
     def checkpoint(self) -> dict:
-        """What evaluate.py needs of the network as it is now."""
+        """What evaluate.py needs of the network; its weights go on changing with the network."""
         return {
             "model": self.network.config,
-            "weights": {name: t.detach().clone() for name, t in self.network.state_dict().items()},
+            "weights": self.network.state_dict(),
             "classes": self.classes,
             "preprocessing": vars(self.preprocessing),
             "training": self.config,
             "epoch": self.epoch,
         }
 
+    def keep_best(self) -> None:
+        """Remembers the network as it is now as the best so far."""
+        checkpoint = self.checkpoint()
+        copies = {name: weight.clone() for name, weight in checkpoint["weights"].items()}
+        self.best = {**checkpoint, "weights": copies}
+
+    def save_best(self) -> None:
+        """Writes best.pt if there is a new best."""
+        if self.best is not None:
+            save_checkpoint(self.dir / "best.pt", self.best)
+            self.best = None
+
     def save(self) -> None:
-        """Writes best.pt if there is a new best, and last.pt."""
+        """Writes best.pt if there is a new best, and last.pt.
+
+        Raises UserError, and leaves last.pt as it was, if a loss or weight is NaN or infinite.
+        """
         self.save_best()
+        self.check_losses()
+        if not all(weight.isfinite().all() for weight in self.network.parameters()):
+            raise self.diverged("a weight became NaN or infinite", self.step)
         progress = {
             "step": self.step,
             "losses": self.losses,
@@ -234,17 +276,36 @@ class Run:
         save_checkpoint(self.dir / "last.pt", content)
         self.last_save = time.monotonic()
 
-    def save_best(self) -> None:
-        if self.best is not None:
-            save_checkpoint(self.dir / "best.pt", self.best)
-            self.best = None
+    def is_save_due(self) -> bool:
+        return time.monotonic() - self.last_save > 60 * self.config["save_every"]
+
+    def check_losses(self) -> None:
+        """Raises UserError if a loss of this epoch is NaN or infinite. Waits for the device."""
+        wrong = (~self.losses[: self.step].isfinite()).nonzero()
+        if len(wrong):
+            step = wrong[0].item()
+            raise self.diverged(f"the loss became {self.losses[step].item()}", step + 1)
+
+    def diverged(self, what: str, step: int) -> UserError:
+        """The error that ends a run gone wrong: where, what to try, what is left."""
+        files = (self.dir / "last.pt", self.dir / "best.pt")
+        kept = [str(path) for path in files if path.exists() or (self.best and path is files[1])]
+        fp32 = "" if self.config["precision"] == "fp32" else ", or --precision fp32"
+        return UserError(
+            f"{what} in epoch {self.epoch + 1}, step {step}; start a new run with a lower --lr "
+            f"than {self.config['lr']:g}{fp32}. "
+            f"Kept from before: {' and '.join(kept) or 'nothing, no epoch was finished'}"
+        )
 
     def load(self) -> None:
         """Goes back to where last.pt was written. Raises UserError if it does not fit the run."""
         path = self.dir / "last.pt"
         network, _, content = load_network(path)
-        self.network.load_state_dict(network.state_dict())
+        for name, value in self.config.items():
+            if name not in CHANGEABLE and content["training"].get(name) != value:
+                raise UserError(f"{path} is not of this run: its {name} is not {value}")
         try:
+            self.network.load_state_dict(network.state_dict())
             self.optimizer.load_state_dict(content["optimizer"])
             progress = content["progress"]
             self.epoch, self.step = content["epoch"], progress["step"]
@@ -261,7 +322,7 @@ class Run:
         if content["training"]["epochs"] != self.config["epochs"]:
             print(
                 f"{self.config['epochs']} epochs instead of {content['training']['epochs']}: "
-                "the learning rate goes on from here along the new, longer schedule"
+                "from here the learning rate follows the schedule of the new length"
             )
 
     def write_config(self, earlier_starts: list) -> None:
@@ -308,7 +369,18 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
 
-def train_epoch(run: Run, report: "Report", stop: StopRequest) -> None:
+def train(run: Run, stop: StopRequest) -> None:
+    """Trains until all epochs are done or a stop is requested; either way the run is saved."""
+    while run.epoch < run.config["epochs"] and not stop.signal:
+        train_epoch(run, stop)
+        if run.step == run.steps_per_epoch:
+            finish_epoch(run)
+        if run.is_save_due():
+            run.save()
+    run.save()
+
+
+def train_epoch(run: Run, stop: StopRequest) -> None:
     """Goes on with the epoch under way to its end, or until a stop is requested."""
     config = run.config
     run.network.train()
@@ -321,19 +393,22 @@ def train_epoch(run: Run, report: "Report", stop: StopRequest) -> None:
         run.epoch,
         run.step,
     )
-    report.start_epoch(run)
-    for images, labels in batches:
-        loss, correct = train_step(run, images, labels)
-        run.losses[run.step] = loss  # stays on the device: reading it would wait for the step
-        run.correct += correct
-        run.step += 1
-        report.step(run)
-        if stop.signal:
-            break
-        if time.monotonic() - run.last_save > 60 * config["save_every"]:
-            run.seconds = report.seconds()
-            save(run)
-    report.end_epoch(run)
+    with Progress(run) as progress:
+        for images, labels in batches:
+            loss, correct = train_step(run, images, labels)
+            run.losses[run.step] = loss  # stays on the device: reading it would wait for the step
+            run.correct += correct
+            run.step += 1
+            if progress.is_due():
+                run.check_losses()
+                progress.show()
+            if stop.signal:
+                break
+            if run.is_save_due():
+                run.seconds = progress.seconds()
+                run.save()
+        run.check_losses()
+        run.seconds = progress.seconds()
 
 
 def finish_epoch(run: Run) -> None:
@@ -342,7 +417,7 @@ def finish_epoch(run: Run) -> None:
     logits = predict(run.network, run.val.images, run.preprocessing, run.config["precision"])
     val_loss, val_accuracy = loss_and_accuracy(logits, run.val.labels)
     if not math.isfinite(val_loss):
-        raise diverged(run, f"the validation loss became {val_loss}", run.step)
+        raise run.diverged(f"the validation loss became {val_loss}", run.step)
     train_loss, train_accuracy = running_metrics(run)
     best_before = max((row["val_accuracy"] for row in run.history), default=-1.0)
     run.epoch += 1
@@ -360,7 +435,7 @@ def finish_epoch(run: Run) -> None:
     }
     run.history.append(row)
     if val_accuracy > best_before:
-        run.best = run.checkpoint()
+        run.keep_best()
     run.step, run.seconds = 0, 0.0
     run.losses.zero_()
     run.correct.zero_()
@@ -374,90 +449,76 @@ def finish_epoch(run: Run) -> None:
     )
 
 
+def images_done(run: Run) -> int:
+    """Images of the epoch under way that the network has been trained on."""
+    return min(run.step * run.config["batch_size"], len(run.train.labels))
+
+
 def running_metrics(run: Run) -> tuple[float, float]:
     """Mean loss and accuracy over the images of the epoch so far. Waits for the device."""
-    images = min(run.step * run.config["batch_size"], len(run.train.labels))
-    losses = run.losses[: run.step].double().cpu()
+    images = images_done(run)
+    losses = run.losses[: run.step].cpu().double()  # not every GPU has float64
     weights = torch.full_like(losses, run.config["batch_size"])
     weights[-1] = images - weights[:-1].sum()
     return (losses @ weights).item() / images, run.correct.item() / images
 
 
-def check_losses(run: Run) -> None:
-    """Raises UserError if a loss of this epoch is NaN or infinite. Waits for the device."""
-    wrong = (~run.losses[: run.step].isfinite()).nonzero()
-    if len(wrong):
-        step = wrong[0].item()
-        raise diverged(run, f"the loss became {run.losses[step].item()}", step + 1)
+class Progress:
+    """Shows how an epoch goes: a bar on a terminal, a line now and then elsewhere."""
 
+    TIMED_STEPS = 8  # after which the time that the run will take is told
+    WARM_UP_STEPS = 2  # of these, slow ones at the start
 
-def save(run: Run) -> None:
-    """Saves the run. Raises UserError instead if a number in it is NaN or infinite."""
-    check_losses(run)
-    if not all(weight.isfinite().all() for weight in run.network.parameters()):
-        raise diverged(run, "a weight became NaN or infinite", run.step)
-    run.save()
-
-
-def diverged(run: Run, what: str, step: int) -> UserError:
-    """The error that ends a run gone wrong, after its best network has been written."""
-    run.save_best()
-    kept = [str(run.dir / name) for name in ("last.pt", "best.pt") if (run.dir / name).exists()]
-    return UserError(
-        f"{what} in epoch {run.epoch + 1}, step {step}; try a lower --lr than "
-        f"{run.config['lr']:g}, or --precision fp32. "
-        f"Kept from before: {' and '.join(kept) or 'nothing, no epoch was finished'}"
-    )
-
-
-class Report:
-    """Shows progress: a bar on a terminal, lines elsewhere. Watches the loss while at it."""
-
-    FIRST_STEPS = 8  # after which the time the run will take is known
-
-    def __init__(self):
-        self.bar = None
-        self.told_time = False
-
-    def start_epoch(self, run: Run) -> None:
+    def __init__(self, run: Run):
+        self.run = run
         self.first_step = run.step
-        self.started = self.last_shown = time.monotonic()
         self.seconds_before = run.seconds
-        title = f"epoch {run.epoch + 1}/{run.config['epochs']}"
+        self.started = self.warmed_up = self.last_shown = time.monotonic()
         self.bar = tqdm(
-            desc=title,
+            desc=f"epoch {run.epoch + 1}/{run.config['epochs']}",
             initial=run.step * run.config["batch_size"],
             total=len(run.train.labels),
             unit="image",
             leave=False,
             disable=None,
         )
-        self.interval = 60.0 if self.bar.disable else 1.0
+        self.interval = 60.0 if self.bar.disable else 1.0  # seconds
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
 
     def seconds(self) -> float:
         """Spent on the epoch under way, before and after any interruption."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def step(self, run: Run) -> None:
-        images = min(run.step * run.config["batch_size"], len(run.train.labels)) - self.bar.n
-        self.bar.update(images)
-        steps = run.step - self.first_step
-        if not self.told_time and steps == 2:
-            check_losses(run)
-            self.warmed_up = time.monotonic()
-        if not self.told_time and steps == self.FIRST_STEPS:
-            check_losses(run)
-            self.tell_time(run)
-        if time.monotonic() - self.last_shown > self.interval:
-            check_losses(run)
-            self.show(run)
+    def is_due(self) -> bool:
+        """Counts a step; whether there is something to show, for which the device must wait."""
+        if not self.bar.disable:
+            self.bar.update(images_done(self.run) - self.bar.n)
+        steps = self.run.step - self.first_step
+        if not self.run.told_time and steps in (self.WARM_UP_STEPS, self.TIMED_STEPS):
+            return True
+        return time.monotonic() - self.last_shown > self.interval
 
-    def show(self, run: Run) -> None:
-        loss, accuracy = running_metrics(run)
+    def show(self) -> None:
+        """Shows loss and accuracy so far; once, after the first steps, the time to come."""
+        steps = self.run.step - self.first_step
+        if steps == self.WARM_UP_STEPS:
+            self.warmed_up = time.monotonic()
+        if steps == self.TIMED_STEPS and not self.run.told_time:
+            self.tell_time()
+        if time.monotonic() - self.last_shown > self.interval:
+            self.show_metrics()
+
+    def show_metrics(self) -> None:
+        loss, accuracy = running_metrics(self.run)
         if self.bar.disable:
             print(
-                f"epoch {run.epoch + 1}/{run.config['epochs']}, "
-                f"step {run.step}/{run.steps_per_epoch}: "
+                f"epoch {self.run.epoch + 1}/{self.run.config['epochs']}, "
+                f"step {self.run.step}/{self.run.steps_per_epoch}: "
                 f"training loss {loss:.4f}, accuracy {accuracy:.2%}",
                 flush=True,
             )
@@ -465,23 +526,21 @@ class Report:
             self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}")
         self.last_shown = time.monotonic()
 
-    def tell_time(self, run: Run) -> None:
-        self.told_time = True
-        step_seconds = (time.monotonic() - self.warmed_up) / (self.FIRST_STEPS - 2)
+    def tell_time(self) -> None:
+        run = self.run
+        run.told_time = True
+        timed_steps = self.TIMED_STEPS - self.WARM_UP_STEPS
+        step_seconds = (time.monotonic() - self.warmed_up) / timed_steps
         steps_left = run.total_steps - run.epoch * run.steps_per_epoch - run.step
         epochs_left = run.config["epochs"] - run.epoch
         # A validation image costs about a third of a training image: no backward pass.
         validation_steps = epochs_left * len(run.val.labels) / run.config["batch_size"] / 3
         seconds = step_seconds * (steps_left + validation_steps)
         message = f"this run will take about {readable_duration(seconds)}"
-        if run.device.type == "cpu" and seconds > 1800:
-            message += "; quicker: fewer --epochs, --dataset shapes (two minutes), or a GPU"
+        if run.device.type == "cpu" and seconds > 600:
+            message += "; quicker: fewer --epochs, --dataset shapes (a few minutes), or a GPU"
         self.bar.write(message)
-
-    def end_epoch(self, run: Run) -> None:
-        check_losses(run)
-        run.seconds = self.seconds()
-        self.bar.close()
+        sys.stdout.flush()
 
 
 def readable_duration(seconds: float) -> str:
@@ -504,23 +563,21 @@ def evaluate_command(run: Run) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def start(given: dict) -> Run:
-    """Prepares a new run or loads a stopped one; nothing is written before all of it is known."""
+def prepare(given: dict) -> Run:
+    """A new run, or a stopped one loaded; nothing is written before all of it is known."""
     resume, output_dir = given.pop("resume", None), given.pop("output_dir", None)
-    config, starts = resumed_config(resume, given) if resume else (new_config(given), [])
-    run_dir = resume or new_run_dir(config, output_dir)
+    config, earlier_starts = resumed_config(resume, given) if resume else (new_config(given), [])
+    run_dir = resume or free_run_dir(config, output_dir)
     device = select_device(config["device"])
     config["precision"] = select_precision(config["precision"], device)
     dataset = load_dataset(config["dataset"], config["data_dir"])
     run = Run(run_dir, config, dataset, device)
     if resume and (run_dir / "last.pt").exists():
         run.load()
+    if not resume:
+        run.dir = make_run_dir(config, output_dir)
     if run.epoch < config["epochs"]:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {run_dir}: {error.strerror}") from None
-        run.write_config(starts)
+        run.write_config(earlier_starts)
     return run
 
 
@@ -539,13 +596,11 @@ def finish(run: Run) -> int:
 def main() -> int:
     arguments = make_parser().parse_args()
     keep_freed_memory()
-    run = start(vars(arguments))
+    run = prepare(vars(arguments))
     config = run.config
     if run.epoch == config["epochs"]:
         print(f"{run.dir} has all its {run.epoch} epochs; give more --epochs to go on")
         return finish(run)
-    stop = StopRequest()
-    report = Report()
     print(
         f"AlexNet on {DATASETS[config['dataset']]}: {len(run.train.labels):,} training and "
         f"{len(run.val.labels):,} validation images, {OPTIMIZERS[config['optimizer']]}, "
@@ -555,19 +610,15 @@ def main() -> int:
     )
     if run.epoch or run.step:
         print(f"resumed after epoch {run.epoch}, step {run.step}", flush=True)
-
-    while run.epoch < config["epochs"]:
-        train_epoch(run, report, stop)
-        if run.step == run.steps_per_epoch:
-            finish_epoch(run)
-        if stop.signal:
-            save(run)
-            folder = shlex.quote(str(run.dir))
-            print(f"stopped; go on with: python train.py --resume {folder}", file=sys.stderr)
-            return 128 + stop.signal
-        if time.monotonic() - run.last_save > 60 * config["save_every"]:
-            save(run)
-    save(run)
+    stop = StopRequest()
+    try:
+        train(run, stop)
+    finally:
+        run.save_best()  # whatever ended the run
+    if stop.signal:
+        folder = shlex.quote(str(run.dir))
+        print(f"stopped; go on with: python train.py --resume {folder}", file=sys.stderr)
+        return 128 + stop.signal
     return finish(run)
 
 

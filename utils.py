@@ -7,10 +7,12 @@ import math
 import os
 import pickle
 import platform
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -37,15 +39,20 @@ def run_script(main) -> None:
         sys.exit(main())
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(128 + 13)  # as a shell reports SIGPIPE
     except (UserError, OSError) as error:
         _exit_with_line(f"error: {error}", 2)
     except KeyboardInterrupt:
         _exit_with_line("interrupted", 128 + signal.SIGINT)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
-        _exit_with_line("error: out of memory; try a smaller --batch-size", 2)
+        _exit_with_line("error: out of memory; free some, or train with a smaller --batch-size", 2)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    words = ("allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _exit_with_line(message: str, code: int) -> None:
@@ -89,7 +96,9 @@ def positive_int(text: str) -> int:
 
 def non_negative_int(text: str) -> int:
     """An argparse type, for what torch takes as a seed."""
-    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63")
+    return _number(
+        text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to below 2^63"
+    )
 
 
 def positive_float(text: str) -> float:
@@ -97,7 +106,7 @@ def positive_float(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """An argparse type."""
     return _number(text, float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 
@@ -123,14 +132,16 @@ def select_device(name: str) -> torch.device:
     Raises UserError if torch does not know it or cannot use it here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).add(1)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a GPU too old for this torch fails only here
     except Exception as error:  # torch raises many types
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--device {name} cannot be used here ({reason}); try --device auto or --device cpu"
+            f"--device {name} cannot be used here ({reason}); try --device cpu"
         ) from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or mps")
@@ -193,7 +204,7 @@ def _cpu_name() -> str:
 
 
 def peak_memory_mib(device: torch.device) -> int | None:
-    """The most memory used so far: torch's on a GPU, else the process's; None if unknown."""
+    """The most memory used so far: torch's on a CUDA GPU, else the process's; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
     try:
@@ -259,19 +270,23 @@ def load_checkpoint(path: str | Path) -> dict:
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a checkpoint in it, such as {path / 'best.pt'}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the errors below say all there is to say
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):  # no pickle at all
+            raise UserError(f"{path} is not a checkpoint; use another file") from None
         raise UserError(
             f"{path} holds more than tensors and plain values, so it was not loaded: "
             "it could execute code. Only checkpoints written by train.py can be used"
         ) from None
     except Exception:  # torch's reader raises many types on a damaged file
         what = "is truncated or damaged" if _looks_like_zip(path) else "is not a checkpoint"
-        raise UserError(f"{path} {what}; use another checkpoint") from None
+        raise UserError(f"{path} {what}; use another file") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this program: train.py writes those")
     if content.get("format_version") != FORMAT_VERSION:
@@ -295,7 +310,7 @@ def _looks_like_zip(path: Path) -> bool:
 def environment(device: torch.device) -> dict:
     """Versions, hardware, git commit and command line: what one needs to repeat a run."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,

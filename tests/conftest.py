@@ -19,7 +19,8 @@ def cifar10_dir():
     """Where the real CIFAR-10 is: the environment variable CIFAR10_DIR, or data/."""
     folder = Path(os.environ.get("CIFAR10_DIR", ROOT / "data"))
     if not (folder / "cifar-10-batches-py").is_dir():
-        pytest.skip("CIFAR-10 is neither in CIFAR10_DIR nor in data/")
+        assert "CIFAR10_DIR" not in os.environ, f"CIFAR10_DIR is {folder}, which has no CIFAR-10"
+        pytest.skip("CIFAR-10 is not in data/, and CIFAR10_DIR is not set")
     return folder
 
 

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,12 +102,28 @@ def test_evaluation_of_a_trained_checkpoint(trained_run):
     assert low < record["accuracy"] < high
     for word in ("top-1 accuracy", "cross-entropy", "checkerboard", "most confused"):
         assert word in done.stdout
-    assert (run_dir / "confusion-test.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_dir / "best-confusion-test.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_last_checkpoint_can_be_evaluated_too(trained_run):
     folder, _ = trained_run
     load_network(folder / "runs" / "shapes-sgd" / "last.pt")
+
+
+def test_run_data_dir_is_used_if_it_is_still_there(tmp_path):
+    training = {"data_dir": str(tmp_path)}
+    assert evaluate.data_dir_of(training) == Path("data")
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert evaluate.data_dir_of(training) == tmp_path
+
+
+def test_classes_of_another_data_set(tmp_path, monkeypatch, capsys, content):
+    save_checkpoint(tmp_path / "three.pt", content)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "three.pt")])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(evaluate.main)
+    assert stopped.value.code == 2
+    assert "three.pt has other classes than shapes" in capsys.readouterr().err
 
 
 # --- Bad checkpoints: one line, exit code 2, nothing executed -----------------------------------
@@ -166,14 +183,14 @@ def write_newer_format(path, content):
 BAD_FILES = [
     (write_missing, "does not exist"),
     (write_empty, "is not a checkpoint"),
-    (write_text, "hold"),
+    (write_text, "is not a checkpoint"),
     (write_folder, "is a folder"),
     (write_truncated, "truncated or damaged"),
     (write_weights_alone, "not a checkpoint of this program"),
     (write_list, "not a checkpoint of this program"),
     (write_whole_module, "could execute code"),
     (write_attack, "could execute code"),
-    (write_bare_pickle_attack, "could execute code"),
+    (write_bare_pickle_attack, "is not a checkpoint"),
     (write_newer_format, "format version 2"),
 ]
 
@@ -243,6 +260,7 @@ def test_saved_network_comes_back(tmp_path, content):
     [
         ("--split train", "train"),
         ("--json nowhere/out.json", "nowhere"),
+        ("--json .", "is not a file"),
         ("--device cuda:99", "--device cuda:99"),
         ("--precision fp64", "fp64"),
         ("", "checkpoint"),
