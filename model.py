@@ -7,13 +7,15 @@ github.com/computerhistory/AlexNet-Source-Code, called "the 2012 source" here.
     logits = AlexNet()(torch.randn(8, 3, 227, 227))  # [8, 10]
 """
 
-import contextlib
+import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 IMAGE_SIZE = 227  # the paper prints 224, but 55 positions of an 11x11 filter at stride 4 need 227
+VALUES_AT_ONCE = 2**20  # 4 MiB in float32: a handful of such arrays fit a CPU's caches
 
 
 # ---------------------------------------------------------------------------------------------
@@ -30,98 +32,111 @@ class LocalResponseNorm(nn.Module):
     alpha is divided by `size`, as the 2012 source does (layer.py, NormLayerParser) and as
     torch.nn.LocalResponseNorm does; the paper prints the formula without it.
 
-    Shape: [N, C, ...] to the same. The same values as torch.nn.LocalResponseNorm, several times
-    faster on a CPU, with nothing but the input kept for the backward pass. In bf16 the bracket is
-    rounded to bf16 too: the result is within 2^-6 of the exact one, but a bracket that exceeds k by
-    less than 0.4 % is k.
+    Shape: floating point [N, C, ...] to the same, in the input's memory format. The values of
+    torch.nn.LocalResponseNorm, several times faster on a CPU, with nothing but the input kept for
+    the backward pass. Computed in float32, or float64 for float64; an input or output in bf16 or
+    fp16 is rounded once, as it is read or written.
+
+    Raises:
+        TypeError: the input is not of a floating point type.
+        ValueError: the input has fewer than two dimensions, or size is below 1.
     """
 
     def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0):
         super().__init__()
+        if size < 1:
+            raise ValueError(f"size must be at least 1 channel, got {size}")
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
 
     def forward(self, a: Tensor) -> Tensor:
+        if not a.is_floating_point():
+            raise TypeError(f"LocalResponseNorm expects floating point numbers, got {a.dtype}")
+        if a.dim() < 2:
+            raise ValueError(f"LocalResponseNorm expects shape [N, C, ...], got {list(a.shape)}")
+        if not (a.is_contiguous() or a.movedim(1, -1).is_contiguous()):
+            a = a.contiguous()
         # A compiler differentiates and fuses the plain formula itself.
         apply = _normalise if torch.compiler.is_compiling() else _LocalResponseNorm.apply
-        with _without_autocast(a.device.type):
-            return apply(a, self.size, self.alpha, self.beta, self.k)
+        return apply(a, self.size, self.alpha, self.beta, self.k)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
 
 
 class _LocalResponseNorm(torch.autograd.Function):
-    """The formula with its closed-form gradient, worked through a few images at a time on a CPU.
+    """The formula with its closed-form gradient, worked through some MiB at a time.
 
-    A few images' intermediate results stay in the processor's cache; a whole batch's do not.
+    A part's intermediate results stay in the processor's cache; a whole batch's do not, and a pass
+    over memory takes longer than the arithmetic.
     """
 
     @staticmethod
-    def forward(ctx, a, size, alpha, beta, k):
-        ctx.save_for_backward(a)
-        ctx.constants = size, alpha, beta, k
+    def forward(a, size, alpha, beta, k):
         out = torch.empty_like(a)
-        images = _images_at_once(a)
-        for a_part, out_part in zip(a.split(images), out.split(images), strict=True):
-            out_part.copy_(_normalise(a_part, *ctx.constants))
+        for a_part, out_part in _parts(a, out):
+            x = a_part.to(_at_least_float32(a))
+            torch.mul(x, _power(_divisor(x, size, alpha, k), -beta), out=out_part)
         return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, *ctx.constants = inputs
+        ctx.save_for_backward(a)
 
     @staticmethod
     def backward(ctx, grad):
         (a,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
-            return _normalise_gradient(grad, a, *ctx.constants), None, None, None, None
+        if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be differentiable
+            out = _normalise(a, *ctx.constants)
+            return *torch.autograd.grad(out, a, grad, create_graph=True), None, None, None, None
         out = torch.empty_like(a)
-        images = _images_at_once(a)
-        parts = zip(grad.split(images), a.split(images), out.split(images), strict=True)
-        with _without_autocast(a.device.type):
-            for grad_part, a_part, out_part in parts:
-                out_part.copy_(_normalise_gradient(grad_part, a_part, *ctx.constants))
+        for a_part, grad_part, out_part in _parts(a, grad, out):
+            out_part.copy_(_gradient(grad_part, a_part, *ctx.constants))
         return out, None, None, None, None
 
 
-def _without_autocast(device_type: str):
-    """Autocast would compute sums in bf16 and powers in fp32; here both follow the input."""
-    if device_type == "meta":  # which has no autocast to switch off
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
-
-
-def _images_at_once(a: Tensor) -> int:
-    """How many of a's images to work on at a time: about 1 MiB of them on a CPU, else all."""
-    if a.device.type != "cpu" or a.numel() == 0:
-        return max(1, len(a))
-    bytes_per_image = a[0].numel() * a.element_size()
-    return max(1, 2**20 // bytes_per_image)
-
-
 def _normalise(a: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    energy = _sum_of_neighbours(a * a, _neighbours(a, size))
-    return a * _power(energy * (alpha / size) + k, -beta)
+    """The formula in plain operations, for a compiler and for second derivatives."""
+    x = a.to(_at_least_float32(a))
+    before, after = size // 2, (size - 1) // 2
+    squares = F.pad(x * x, (0, 0) * (x.dim() - 2) + (before, after))
+    energy = sum(squares.narrow(1, i, x.shape[1]) for i in range(size))
+    return (x * _power(energy * (alpha / size) + k, -beta)).to(a.dtype)
 
 
-def _normalise_gradient(grad, a, size, alpha, beta, k):
+def _gradient(grad, a, size, alpha, beta, k):
     """dL/da[i] = g[i] d[i]^-beta - 2 alpha beta / size * a[i] * sum_j g[j] a[j] d[j]^(-1 - beta).
 
-    g is the gradient at the output, d = k + alpha / size * energy.
+    g is the gradient at the output, d the divisor, and j runs over i and the channels whose window
+    holds i.
     """
-    neighbours = _neighbours(a, size)
-    d = _sum_of_neighbours(a * a, neighbours) * (alpha / size) + k
-    scaled_grad = grad * _power(d, -beta)
-    # Transposed: here j runs over the channels whose window holds i.
-    total = _sum_of_neighbours(scaled_grad * a / d, neighbours.T)
-    return scaled_grad - (2 * alpha * beta / size) * a * total
+    x = a.to(_at_least_float32(a))
+    d = _divisor(x, size, alpha, k)
+    total = _power(d, -beta).mul_(grad.to(x.dtype))
+    each = torch.div(total * x, d, out=d)
+    factor = -2 * alpha * beta / size
+    total.addcmul_(x, each, value=factor)
+    for neighbour, centre in _neighbours(x.shape[1], size):
+        total[:, neighbour].addcmul_(x[:, neighbour], each[:, centre], value=factor)
+    return total
 
 
-def _neighbours(a: Tensor, size: int) -> Tensor:
-    """[C, C] matrix with a one where channel j (row) lies in the window of channel i (column)."""
-    channel = torch.arange(a.shape[1], device=a.device)
-    offset = channel[:, None] - channel[None, :]
-    return ((offset >= -(size // 2)) & (offset <= (size - 1) // 2)).to(a.dtype)
+def _divisor(x: Tensor, size: int, alpha: float, k: float) -> Tensor:
+    """d[i] = k + alpha / size * sum_j x[j]^2."""
+    factor = alpha / size
+    d = torch.addcmul(x.new_full((), k), x, x, value=factor)
+    for neighbour, centre in _neighbours(x.shape[1], size):
+        d[:, centre].addcmul_(x[:, neighbour], x[:, neighbour], value=factor)
+    return d
 
 
-def _sum_of_neighbours(x: Tensor, neighbours: Tensor) -> Tensor:
-    return (x.movedim(1, -1) @ neighbours).movedim(-1, 1)
+def _neighbours(channels: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """For each place in the window but its centre: the channels found there, and the centres."""
+    for offset in range(-(size // 2), (size - 1) // 2 + 1):
+        if 0 < abs(offset) < channels:
+            neighbour = slice(max(0, offset), channels + min(0, offset))
+            centre = slice(max(0, -offset), channels - max(0, offset))
+            yield neighbour, centre
 
 
 def _power(d: Tensor, exponent: float) -> Tensor:
@@ -129,6 +144,27 @@ def _power(d: Tensor, exponent: float) -> Tensor:
         root = d.rsqrt()
         return root * root.sqrt()
     return d**exponent
+
+
+def _at_least_float32(a: Tensor) -> torch.dtype:
+    return torch.promote_types(a.dtype, torch.float32)
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cuts tensors of one shape [N, C, ...] into matching parts [n, C, m].
+
+    Parts of tensors that have the first one's memory format are views of them.
+    """
+    first = tensors[0]
+    n, channels, pixels = first.shape[0], first.shape[1], math.prod(first.shape[2:])
+    if first.is_contiguous():
+        blocks = [t.reshape(n, channels, pixels) for t in tensors]
+    else:  # channels last
+        blocks = [t.movedim(1, -1).reshape(n * pixels, channels, 1) for t in tensors]
+    at_once = len(blocks[0])
+    if first.device.type == "cpu" and first.numel():
+        at_once = max(1, VALUES_AT_ONCE // blocks[0][0].numel())
+    return zip(*(block.split(max(1, at_once)) for block in blocks), strict=True)
 
 
 # ---------------------------------------------------------------------------------------------

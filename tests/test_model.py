@@ -184,14 +184,74 @@ def test_lrn_equals_torch_in_float32(memory_format):
     torch.testing.assert_close(our_grad, their_grad, rtol=1e-5, atol=1e-5)
 
 
-def test_lrn_in_bf16_is_within_its_rounding():
-    a = (torch.randn(4, 96, 13, 13) * 50).bfloat16()
-    expected = numpy_lrn(a.double().numpy())
+def numpy_lrn_gradient(a, grad, size=5, alpha=1e-4, beta=0.75, k=2.0):
+    """From the quotient rule, one pair of channels at a time."""
+    channels = a.shape[1]
+    out = np.zeros_like(a)
+    for i in range(channels):
+        window = range(max(0, i - size // 2), min(channels, i + (size - 1) // 2 + 1))
+        d = k + alpha / size * sum(a[:, j] ** 2 for j in window)
+        out[:, i] += grad[:, i] * d**-beta
+        for j in window:
+            inner = 2 * alpha / size * a[:, j]
+            out[:, j] -= grad[:, i] * a[:, i] * beta * d ** (-beta - 1) * inner
+    return out
+
+
+# float32 rounds within 2^-24 of a value and bf16 within 2^-9; a result of the first took some dozen
+# roundings, one of the second an exact one and its own. Relative to the largest value, as sums that
+# cancel have no relative bound.
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2**-20), (torch.bfloat16, 2**-8)])
+def test_lrn_is_within_rounding(dtype, bound):
+    a = (torch.randn(4, 96, 13, 13) * 50).to(dtype).requires_grad_()
+    grad = torch.randn_like(a)
     with torch.autocast("cpu", torch.bfloat16):
         ours = LocalResponseNorm()(a)
-    assert ours.dtype == torch.bfloat16
-    # bf16 has a relative rounding error of 2^-9; a handful of roundings stay under 2^-6.
-    np.testing.assert_allclose(ours.double().numpy(), expected, rtol=2**-6)
+    ours.backward(grad)
+    exact = a.detach().double().numpy()
+    assert ours.dtype == a.grad.dtype == dtype
+    np.testing.assert_allclose(ours.detach().double().numpy(), numpy_lrn(exact), rtol=bound)
+    expected = numpy_lrn_gradient(exact, grad.double().numpy())
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(a.grad.double().numpy(), expected, rtol=0, atol=bound * largest)
+
+
+def test_lrn_takes_strided_input():
+    a = torch.randn(2, 7, 6, 6, dtype=torch.float64)[:, :, ::2].requires_grad_()
+    out = LocalResponseNorm(alpha=0.3)(a)
+    np.testing.assert_allclose(
+        out.detach().numpy(), numpy_lrn(a.detach().numpy(), alpha=0.3), rtol=1e-13
+    )
+    assert torch.autograd.gradcheck(LocalResponseNorm(alpha=0.3), (a,))
+
+
+def test_lrn_gradient_of_another_memory_format():
+    a = torch.randn(4, 8, 5, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
+    a.requires_grad_()
+    grad = torch.randn(4, 8, 5, 5, dtype=torch.float64)
+    LocalResponseNorm(alpha=0.3)(a).backward(grad)
+    expected = numpy_lrn_gradient(a.detach().numpy(), grad.numpy(), alpha=0.3)
+    np.testing.assert_allclose(a.grad.numpy(), expected, rtol=1e-12)
+
+
+def test_lrn_compiled_equals_uncompiled():
+    norm = LocalResponseNorm(size=4, alpha=0.3)
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    a = torch.randn(2, 7, 3, 3, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(a)
+    expected = norm(a)
+    torch.testing.assert_close(compiled(a), expected, rtol=1e-13, atol=0)
+    ours, theirs = (torch.autograd.grad(out, a, grad)[0] for out in (compiled(a), expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_lrn_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="size must be at least 1"):
+        LocalResponseNorm(size=0)
+    with pytest.raises(TypeError, match=r"floating point numbers, got torch\.int64"):
+        LocalResponseNorm()(torch.ones(1, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\[N, C, \.\.\.\], got \[3\]"):
+        LocalResponseNorm()(torch.ones(3))
 
 
 def test_lrn_keeps_only_its_input_for_the_backward_pass():
