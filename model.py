@@ -15,6 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IMAGE_SIZE = 227  # the paper prints 224, but 55 positions of an 11x11 filter at stride 4 need 227
+INITS = ("he", "2012", "as-printed")
+# The paper's ideas and what it compares each with; the network of 2012 has the first of each, and
+# had two groups.
+CHOICES = {
+    "groups": (1, 2),
+    "activation": ("relu", "tanh"),
+    "norm": ("lrn", "lrn-as-printed", "none"),
+    "pooling": ("overlapping", "non-overlapping"),
+}
 VALUES_AT_ONCE = 2**20  # 4 MiB in float32: a handful of such arrays fit a CPU's caches
 
 
@@ -178,40 +187,58 @@ class AlexNet(nn.Module):
     Args:
         num_classes: number of outputs of the last layer.
         groups: 1 connects every channel with every channel. 2 splits conv2, conv4 and conv5 into
-            the two towers that ran on two GPUs in 2012.
+            the two towers that ran on two GPUs in 2012 (§3.2).
         dropout: probability that an output of fc6 or fc7 is set to zero in training (§4.2).
+        activation: "relu", or "tanh" for the saturating units it is compared with (§3.1).
+        norm: after conv1 and conv2 (§3.3): "lrn" divides alpha by the window, as the 2012 source
+            does; "lrn-as-printed" takes alpha undivided, as in the paper's formula; or "none".
+        pooling: "overlapping" is 3x3 at stride 2; "non-overlapping" is 2x2 at stride 2 (§3.4),
+            which gives feature maps of the same sizes, 27, 13 and 6.
 
     Shape: float [N, 3, 227, 227] to logits [N, num_classes].
 
-    Weights start He-normal (those of fc8 smaller, so that the first predictions are even) and
-    biases at zero. That trains on standardised input; it is not the paper's initialisation.
+    Attributes:
+        config: all of these settings; AlexNet(**config) is the same network with new weights.
+
+    Weights start as reset_parameters() draws them.
 
     Raises:
-        ValueError: num_classes, groups or dropout is out of range, or (forward) the input's shape
-            is another.
+        ValueError: a setting is out of range, or (forward) the input's shape is another.
     """
 
-    def __init__(self, num_classes: int = 10, groups: int = 1, dropout: float = 0.5):
+    def __init__(
+        self,
+        num_classes: int = 10,
+        groups: int = 1,
+        dropout: float = 0.5,
+        activation: str = "relu",
+        norm: str = "lrn",
+        pooling: str = "overlapping",
+    ):
         super().__init__()
+        switches = {"groups": groups, "activation": activation, "norm": norm, "pooling": pooling}
+        for name, value in switches.items():
+            if value not in CHOICES[name]:
+                allowed = " or ".join(map(str, CHOICES[name]))
+                raise ValueError(f"{name} must be {allowed}, got {value}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        if groups not in (1, 2):
-            raise ValueError(f"groups must be 1 or 2, got {groups}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-        self.config = {"num_classes": num_classes, "groups": groups, "dropout": dropout}
+        self.config = {"num_classes": num_classes, "dropout": dropout, **switches}
 
+        self.activation = nn.ReLU() if activation == "relu" else nn.Tanh()
         #                                                                    output for one image
         self.conv1 = nn.Conv2d(3, 96, 11, stride=4)  # 96 x 55 x 55
-        self.norm1 = LocalResponseNorm()
-        self.pool1 = nn.MaxPool2d(3, stride=2)  # 96 x 27 x 27
+        self.norm1 = _norm(norm)
+        self.pool1 = _pool(pooling)  # 96 x 27 x 27
         self.conv2 = nn.Conv2d(96, 256, 5, padding=2, groups=groups)  # 256 x 27 x 27
-        self.norm2 = LocalResponseNorm()
-        self.pool2 = nn.MaxPool2d(3, stride=2)  # 256 x 13 x 13
+        self.norm2 = _norm(norm)
+        self.pool2 = _pool(pooling)  # 256 x 13 x 13
         self.conv3 = nn.Conv2d(256, 384, 3, padding=1)  # 384 x 13 x 13
         self.conv4 = nn.Conv2d(384, 384, 3, padding=1, groups=groups)  # 384 x 13 x 13
         self.conv5 = nn.Conv2d(384, 256, 3, padding=1, groups=groups)  # 256 x 13 x 13
-        self.pool5 = nn.MaxPool2d(3, stride=2)  # 256 x 6 x 6
+        self.pool5 = _pool(pooling)  # 256 x 6 x 6
         self.fc6 = nn.Linear(256 * 6 * 6, 4096)
         self.drop6 = nn.Dropout(dropout)
         self.fc7 = nn.Linear(4096, 4096)
@@ -219,14 +246,39 @@ class AlexNet(nn.Module):
         self.fc8 = nn.Linear(4096, num_classes)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draws all weights anew: He-normal for ReLU layers (He et al. 2015), zero biases."""
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.zeros_(module.bias)
-        # Nearly equal first probabilities: the loss starts at ln(num_classes), not above it.
-        nn.init.normal_(self.fc8.weight, std=0.001)
+    def reset_parameters(self, init: str = "he") -> None:
+        """Draws all weights anew from normal distributions of mean 0, and sets the biases.
+
+        Args:
+            init: "he": He-normal for ReLU layers (He et al. 2015) but for a smaller fc8, biases 0;
+                trains on standardised input. "2012": deviation 0.03 in conv3 to conv5 and 0.01
+                elsewhere (2012 source, layers/layers-145.cfg and layers-166.cfg), biases 1 in
+                conv2, conv4, conv5, fc6 and fc7 and 0 elsewhere; trains on centred input.
+                "as-printed": deviation 0.01 everywhere, the same biases (paper §5).
+
+        Raises:
+            ValueError: init is none of these.
+        """
+        if init not in INITS:
+            raise ValueError(f"init must be {' or '.join(INITS)}, got {init}")
+        layers = {
+            name: layer
+            for name, layer in self.named_children()
+            if isinstance(layer, (nn.Conv2d, nn.Linear))
+        }
+        for name, layer in layers.items():
+            if init == "he":
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+            else:
+                wide = init == "2012" and name in ("conv3", "conv4", "conv5")
+                nn.init.normal_(layer.weight, std=0.03 if wide else 0.01)
+                # 1 gives a ReLU positive input at first, so that it learns from the start (§5).
+                one = name in ("conv2", "conv4", "conv5", "fc6", "fc7")
+                nn.init.constant_(layer.bias, 1.0 if one else 0.0)
+        if init == "he":
+            # Nearly equal first probabilities: the loss starts at ln(num_classes), not above it.
+            nn.init.normal_(self.fc8.weight, std=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
@@ -234,12 +286,24 @@ class AlexNet(nn.Module):
                 f"AlexNet expects images of shape [N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], "
                 f"got {list(x.shape)}"
             )
-        x = self.pool1(self.norm1(F.relu(self.conv1(x))))
-        x = self.pool2(self.norm2(F.relu(self.conv2(x))))
-        x = F.relu(self.conv3(x))
-        x = F.relu(self.conv4(x))
-        x = self.pool5(F.relu(self.conv5(x)))
+        x = self.pool1(self.norm1(self.activation(self.conv1(x))))
+        x = self.pool2(self.norm2(self.activation(self.conv2(x))))
+        x = self.activation(self.conv3(x))
+        x = self.activation(self.conv4(x))
+        x = self.pool5(self.activation(self.conv5(x)))
         x = torch.flatten(x, 1)
-        x = self.drop6(F.relu(self.fc6(x)))
-        x = self.drop7(F.relu(self.fc7(x)))
+        x = self.drop6(self.activation(self.fc6(x)))
+        x = self.drop7(self.activation(self.fc7(x)))
         return self.fc8(x)
+
+
+def _norm(name: str) -> nn.Module:
+    if name == "none":
+        return nn.Identity()
+    size, alpha = 5, 1e-4
+    # LocalResponseNorm divides alpha by its window; this undoes it.
+    return LocalResponseNorm(size, alpha * size if name == "lrn-as-printed" else alpha)
+
+
+def _pool(name: str) -> nn.Module:
+    return nn.MaxPool2d(3 if name == "overlapping" else 2, stride=2)

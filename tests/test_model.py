@@ -104,6 +104,13 @@ def numpy_pool(x):
     return windows[:, :, ::2, ::2].max(axis=(4, 5))
 
 
+def numpy_pool_2x2(x):
+    """§3.4's alternative: squares side by side; an odd last row and column are left out."""
+    side = x.shape[2] // 2
+    squares = x[:, :, : 2 * side, : 2 * side].reshape(*x.shape[:2], side, 2, side, 2)
+    return squares.max(axis=(3, 5))
+
+
 def numpy_lrn(a, size=5, alpha=1e-4, beta=0.75, k=2.0):
     channels = a.shape[1]
     out = np.empty_like(a)
@@ -114,35 +121,110 @@ def numpy_lrn(a, size=5, alpha=1e-4, beta=0.75, k=2.0):
     return out
 
 
-def numpy_alexnet(x, p, groups):
-    def conv(x, name, **settings):
-        return np.maximum(numpy_conv(x, p[f"{name}.weight"], p[f"{name}.bias"], **settings), 0)
+def numpy_lrn_as_printed(a):
+    """§3.3 to the letter: k + alpha times the sum, with k = 2, n = 5, alpha = 1e-4, beta = 0.75."""
+    out = np.empty_like(a)
+    for i in range(a.shape[1]):
+        energy = sum(a[:, j] ** 2 for j in range(max(0, i - 2), min(a.shape[1] - 1, i + 2) + 1))
+        out[:, i] = a[:, i] / (2 + 1e-4 * energy) ** 0.75
+    return out
 
-    x = numpy_pool(numpy_lrn(conv(x, "conv1", stride=4)))
-    x = numpy_pool(numpy_lrn(conv(x, "conv2", padding=2, groups=groups)))
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def numpy_alexnet(x, p, groups=1, activation=relu, norm=numpy_lrn, pool=numpy_pool):
+    def conv(x, name, **settings):
+        return activation(numpy_conv(x, p[f"{name}.weight"], p[f"{name}.bias"], **settings))
+
+    x = pool(norm(conv(x, "conv1", stride=4)))
+    x = pool(norm(conv(x, "conv2", padding=2, groups=groups)))
     x = conv(x, "conv3", padding=1)
     x = conv(x, "conv4", padding=1, groups=groups)
-    x = numpy_pool(conv(x, "conv5", padding=1, groups=groups))
+    x = pool(conv(x, "conv5", padding=1, groups=groups))
     x = x.reshape(len(x), -1)
-    x = np.maximum(x @ p["fc6.weight"].T + p["fc6.bias"], 0)
-    x = np.maximum(x @ p["fc7.weight"].T + p["fc7.bias"], 0)
+    x = activation(x @ p["fc6.weight"].T + p["fc6.bias"])
+    x = activation(x @ p["fc7.weight"].T + p["fc7.bias"])
     return x @ p["fc8.weight"].T + p["fc8.bias"]
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_forward_equals_numpy_in_float64(groups, images):
-    network = AlexNet(groups=groups).double().eval()
+SWITCHED = [
+    ({}, {}),
+    ({"groups": 2}, {"groups": 2}),
+    ({"activation": "tanh"}, {"activation": np.tanh}),
+    ({"norm": "lrn-as-printed"}, {"norm": numpy_lrn_as_printed}),
+    ({"norm": "none"}, {"norm": lambda x: x}),
+    ({"pooling": "non-overlapping"}, {"pool": numpy_pool_2x2}),
+]
+
+
+@pytest.mark.parametrize(("settings", "in_numpy"), SWITCHED, ids=[str(s) for s, _ in SWITCHED])
+def test_forward_equals_numpy_in_float64(settings, in_numpy, images):
+    network = AlexNet(**settings).double().eval()
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter)
     nn.init.normal_(network.fc8.weight)
-    images = images.double() * 100  # large activations, so that the normalisation matters
+    images = images[:1].double() * 100  # large activations, so that the normalisation matters
     with torch.no_grad():
         ours = network(images).numpy()
-    expected = numpy_alexnet(
-        images.numpy(), {n: p.numpy() for n, p in network.state_dict().items()}, groups
-    )
-    np.testing.assert_allclose(ours, expected, rtol=1e-10)
+    weights = {name: weight.numpy() for name, weight in network.state_dict().items()}
+    expected = numpy_alexnet(images.numpy(), weights, **in_numpy)
+    np.testing.assert_allclose(ours, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        ({"groups": 2}, {"conv2", "conv4", "conv5"}),
+        ({"activation": "tanh"}, {"activation"}),
+        ({"norm": "lrn-as-printed"}, {"norm1", "norm2"}),
+        ({"norm": "none"}, {"norm1", "norm2"}),
+        ({"pooling": "non-overlapping"}, {"pool1", "pool2", "pool5"}),
+        ({"dropout": 0.0}, {"drop6", "drop7"}),
+    ],
+)
+def test_switch_changes_its_layers_and_no_others(settings, changed):
+    plain, switched = (on_meta(**s) for s in ({}, settings))
+    layers = {name: str(layer) for name, layer in plain.named_children()}
+    differing = {n for n, layer in switched.named_children() if str(layer) != layers[n]}
+    assert differing == changed
+    assert switched.config == {**plain.config, **settings}
+    assert on_meta(**switched.config).config == switched.config
+    assert switched(torch.empty(1, 3, 227, 227, device="meta")).shape == (1, 10)
+
+
+# --- First weights ------------------------------------------------------------------------------
+
+# Deviations by layer, conv1 to fc8: of He's rule by hand, sqrt(2 / inputs of a unit); of 2012 from
+# layers/layers-145.cfg; as printed from §5.
+DEVIATIONS = {
+    "he": [(2 / n) ** 0.5 for n in (363, 2400, 2304, 3456, 3456, 9216, 4096)] + [0.001],
+    "2012": [0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01],
+    "as-printed": [0.01] * 8,
+}
+BIASES = {"he": [0] * 8, "2012": [0, 1, 0, 1, 1, 1, 1, 0], "as-printed": [0, 1, 0, 1, 1, 1, 1, 0]}
+
+
+@pytest.mark.parametrize("init", DEVIATIONS)
+def test_first_weights_and_biases(init):
+    network = AlexNet()
+    if init != "he":  # the default
+        network.reset_parameters(init)
+    for name, deviation, bias in zip(PARAMETERS, DEVIATIONS[init], BIASES[init], strict=True):
+        layer = network.get_submodule(name)
+        weight, n = layer.weight.double(), layer.weight.numel()
+        assert abs(weight.mean()) < 5 * deviation / n**0.5, name
+        assert weight.std().item() == pytest.approx(deviation, rel=5 / (2 * n) ** 0.5), name
+        within = (weight.abs() < deviation).double().mean().item()
+        assert within == pytest.approx(0.6827, abs=5 * (0.6827 * 0.3173 / n) ** 0.5), name
+        assert (layer.bias == bias).all(), name
+
+
+def test_unknown_init_is_a_clear_error(network):
+    with pytest.raises(ValueError, match="init must be he or 2012 or as-printed, got uniform"):
+        network.reset_parameters("uniform")
 
 
 # --- Local response normalisation ---------------------------------------------------------------
@@ -308,7 +390,17 @@ def test_wrong_input_shape_is_a_clear_error(network, shape):
         network(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("settings", [{"num_classes": 0}, {"groups": 3}, {"dropout": 1.0}])
+WRONG = [
+    {"num_classes": 0},
+    {"groups": 3},
+    {"dropout": 1.0},
+    {"activation": "sigmoid"},
+    {"norm": "batch"},
+    {"pooling": "mean"},
+]
+
+
+@pytest.mark.parametrize("settings", WRONG)
 def test_wrong_setting_is_a_clear_error(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         on_meta(**settings)
