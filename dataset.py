@@ -28,6 +28,8 @@ from utils import UserError
 DATASETS = {"cifar10": "CIFAR-10", "shapes": "shapes"}  # names for options and for people
 DEFAULT_DATA_DIR = "data"
 VALIDATION_IMAGES_PER_CLASS = 500
+INPUTS = ("standardised", "centred")
+ENLARGED_SIZE = 256  # of the picture that the paper's crops are cut from (§2, §4.1)
 NETWORK_TIMEOUT = 30.0  # seconds; without it a silent network would hang
 # One stream for the split and the shapes: every run of every seed sees the same data.
 DATA_SEED = 2012
@@ -58,21 +60,40 @@ class Dataset:
 
 @dataclass
 class Preprocessing:
-    """What turns uint8 images into the network's input: mean and std per channel, in 0..255."""
+    """What turns uint8 images into the network's input.
+
+    mean, std: per channel, in 0..255; the one is subtracted, the result divided by the other.
+    size: side of the input in pixels.
+    enlarged_size: side that the whole image is enlarged to, of which the input is the middle part.
+    """
 
     mean: list[float]
     std: list[float]
     size: int = IMAGE_SIZE
+    enlarged_size: int = IMAGE_SIZE
 
     @classmethod
-    def of(cls, images: Tensor) -> "Preprocessing":
-        """Mean and standard deviation over all pixels of uint8 images [N, 3, H, W]."""
+    def of(
+        cls, images: Tensor, input: str = "standardised", augmentation: str = "shift"
+    ) -> "Preprocessing":
+        """The preprocessing that fits uint8 images [N, 3, H, W] and a run's settings.
+
+        Args:
+            input: "standardised" subtracts the mean over all pixels and divides by the standard
+                deviation; "centred" subtracts the mean and leaves the scale of 0..255 (paper §2).
+            augmentation: one of AUGMENTATIONS. With "paper" a plain image is the middle crop, as
+                the network has seen nothing but crops (2012 source, convdata.py, __trim_borders).
+        """
         value = torch.arange(256, dtype=torch.float64)
         counts = [channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]
         share = torch.stack(counts).double() * 3 / images.numel()
         mean = share @ value
         std = (share @ value**2 - mean**2).sqrt()
-        return cls(mean.tolist(), std.tolist())
+        return cls(
+            mean.tolist(),
+            std.tolist() if input == "standardised" else [1.0] * 3,
+            enlarged_size=ENLARGED_SIZE if augmentation == "paper" else IMAGE_SIZE,
+        )
 
 
 def load_dataset(name: str, data_dir: str | Path = DEFAULT_DATA_DIR) -> Dataset:
@@ -117,6 +138,21 @@ def stratified_split(split: Split, held_out_per_class: int) -> tuple[Split, Spli
         members = np.flatnonzero(labels == label)
         held_out[random.permutation(members)[:held_out_per_class]] = True
     return split.select(torch.from_numpy(~held_out)), split.select(torch.from_numpy(held_out))
+
+
+def stratified_subset(split: Split, size: int) -> Split:
+    """size images of a split, the same number of each class, the same ones at every call.
+
+    Raises UserError if the split does not have that many, or size is no multiple of its classes.
+    """
+    counts = split.labels.bincount()
+    per_class, left = divmod(size, len(counts))
+    if left or not 0 < per_class <= counts.min():
+        raise UserError(
+            f"--train-images {size} is not a multiple of {len(counts)} from {len(counts)} to "
+            f"{counts.min() * len(counts)}: the same number of images of each class"
+        )
+    return stratified_split(split, per_class)[1]
 
 
 def _to_split(cifar: CIFAR10) -> Split:
@@ -287,19 +323,59 @@ def _coverage(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------
 
 
+AUGMENTATIONS = ("shift", "paper", "none")
+COLOUR_NOISE = 0.1  # deviation of the factors alpha (paper §4.1; 2012 source: color_noise_coeff)
+
+
 @dataclass
 class Augmentation:
     """Random changes of a training image.
 
     flip: mirror it left to right with probability 1/2.
     shift: move it by up to this many of its own 32x32 pixels, in each direction.
+    crop: cut a 227x227 window out of the image enlarged to 256x256, instead of a shift.
+    colours: [3, 3], the principal components that colour noise is made of, or None for no noise.
     """
 
     flip: bool = True
     shift: float = 4.0
+    crop: bool = False
+    colours: Tensor | None = None
+
+    @classmethod
+    def of(cls, name: str, images: Tensor) -> "Augmentation":
+        """The augmentation called name for uint8 training images [N, 3, H, W].
+
+        "shift" mirrors and shifts, "paper" mirrors, crops and adds colour noise (paper §4.1), and
+        "none" does nothing.
+        """
+        if name == "paper":
+            return cls(crop=True, colours=principal_components(images))
+        return cls() if name == "shift" else cls(flip=False, shift=0)
 
 
-def resample(images: Tensor, maps: Tensor, preprocessing: Preprocessing) -> Tensor:
+def principal_components(images: Tensor) -> Tensor:
+    """The directions in which the colours of uint8 images [N, 3, H, W] vary, in 0..255.
+
+    Returns float32 [3, 3]: each column is an eigenvector of the covariance of the pixels' RGB
+    values, as long as the standard deviation along it. The paper prints eigenvalues, the squares of
+    those deviations (§4.1); the 2012 source has deviations (convdata.py, ColorNoiseMakerThread).
+    """
+    total = torch.zeros(3, dtype=torch.float64)
+    products = torch.zeros(3, 3, dtype=torch.float64)
+    for part in images.split(5000):
+        pixels = part.movedim(1, 0).flatten(1).double().cpu()
+        total += pixels.sum(1)
+        products += pixels @ pixels.T
+    count = images.numel() // 3
+    mean = total / count
+    variances, directions = torch.linalg.eigh(products / count - mean.outer(mean))
+    return (directions * variances.clamp(min=0).sqrt()).float()
+
+
+def resample(
+    images: Tensor, maps: Tensor, preprocessing: Preprocessing, noise: Tensor | None = None
+) -> Tensor:
     """Normalises uint8 images and resamples each through its own affine map.
 
     Args:
@@ -308,6 +384,9 @@ def resample(images: Tensor, maps: Tensor, preprocessing: Preprocessing) -> Tens
             image's, as torch.nn.functional.affine_grid takes them. Beyond its edges an image is
             continued by reflection.
         preprocessing: mean, std and output size S.
+        noise: float [N, 3], added to every pixel of an image, in 0..255. The sum is divided by
+            1 + COLOUR_NOISE, so that noisy images vary no more than plain ones do (2012 source,
+            convdata.py, get_next_batch).
 
     Returns float32 [N, 3, S, S], channels last. The identity map gives what
     torch.nn.functional.interpolate(mode="bilinear") gives.
@@ -316,7 +395,10 @@ def resample(images: Tensor, maps: Tensor, preprocessing: Preprocessing) -> Tens
     mean = _per_channel(tuple(preprocessing.mean), images.device)
     std = _per_channel(tuple(preprocessing.std), images.device)
     grid = F.affine_grid(maps, [len(images), 3, size, size], align_corners=False)
-    normalised = (images - mean) / std
+    centred = images - mean
+    if noise is not None:
+        centred = (centred + noise[:, :, None, None]) / (1 + COLOUR_NOISE)
+    normalised = centred / std
     resampled = F.grid_sample(normalised, grid, padding_mode="reflection", align_corners=False)
     return resampled.contiguous(memory_format=torch.channels_last)
 
@@ -332,14 +414,57 @@ def identity_maps(n: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.eye(2, 3, device=device).expand(n, 2, 3)
 
 
+def crop_maps(corners: Tensor) -> Tensor:
+    """[n, 2, 3] maps to 227x227 crops of the image enlarged to 256x256.
+
+    Args:
+        corners: [n, 2], the left and upper edge of each crop in whole pixels, 0..29.
+    """
+    maps = torch.eye(2, 3).repeat(len(corners), 1, 1) * (IMAGE_SIZE / ENLARGED_SIZE)
+    # The crop's centre is this far from the image's; the image is 2 units wide.
+    maps[:, :, 2] = (2 * corners + IMAGE_SIZE - ENLARGED_SIZE) / ENLARGED_SIZE
+    return maps
+
+
+def view_maps() -> Tensor:
+    """[10, 2, 3] maps to the paper's ten views (§4.1): centre, four corners, their mirror images.
+
+    The order is ours; the places are those of the 2012 source (convdata.py, start_positions). The
+    centre of 29 spare pixels is not a whole one: it begins at 14.
+    """
+    last = ENLARGED_SIZE - IMAGE_SIZE
+    corners = [(last // 2, last // 2), (0, 0), (last, 0), (0, last), (last, last)]
+    maps = crop_maps(torch.tensor(corners))
+    return torch.cat([maps, maps * torch.tensor([-1.0, 1.0, 1.0])])
+
+
+def plain_map(preprocessing: Preprocessing) -> Tensor:
+    """[2, 3], the map of an image that is not augmented: all of it, or the crop at its centre."""
+    if preprocessing.enlarged_size == IMAGE_SIZE:
+        return torch.eye(2, 3)
+    return view_maps()[0]
+
+
 def random_maps(n: int, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """[n, 2, 3] maps with a random mirror image and shift, on the CPU."""
-    maps = torch.eye(2, 3).repeat(n, 1, 1)
-    # The output is 2 units wide and the image 32 pixels.
-    maps[:, :, 2] = (torch.rand(n, 2, generator=generator) * 2 - 1) * augmentation.shift / 16
+    """[n, 2, 3] maps with a random mirror image and shift or crop, on the CPU."""
+    if augmentation.crop:
+        corners = torch.randint(0, ENLARGED_SIZE - IMAGE_SIZE + 1, (n, 2), generator=generator)
+        maps = crop_maps(corners)
+    else:
+        maps = torch.eye(2, 3).repeat(n, 1, 1)
+        # The output is 2 units wide and the image 32 pixels.
+        maps[:, :, 2] = (torch.rand(n, 2, generator=generator) * 2 - 1) * augmentation.shift / 16
     if augmentation.flip:
         maps[:, 0] *= torch.randint(0, 2, (n, 1), generator=generator) * 2 - 1
     return maps
+
+
+def random_colours(colours: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """[n, 3], an RGB offset for each image in 0..255: sum_i alpha_i * colours[:, i], on the CPU.
+
+    Each alpha_i is normal with deviation COLOUR_NOISE, drawn once for an image (paper §4.1).
+    """
+    return torch.randn(n, 3, generator=generator) @ colours.T * COLOUR_NOISE
 
 
 def training_batches(
@@ -360,18 +485,28 @@ def training_batches(
     n, device = len(split.labels), split.images.device
     order = torch.randperm(n, generator=generator).to(device)
     maps = random_maps(n, augmentation, generator).to(device)
+    noise = None
+    if augmentation.colours is not None:
+        noise = random_colours(augmentation.colours, n, generator).to(device)
     for start in range(first_step * batch_size, n, batch_size):
         batch = slice(start, start + batch_size)
         images = split.images[order[batch]]
-        yield resample(images, maps[batch], preprocessing), split.labels[order[batch]]
+        batch_noise = None if noise is None else noise[batch]
+        images = resample(images, maps[batch], preprocessing, batch_noise)
+        yield images, split.labels[order[batch]]
 
 
 def plain_batches(
-    images: Tensor, preprocessing: Preprocessing, batch_size: int
+    images: Tensor, preprocessing: Preprocessing, batch_size: int, view: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Yields the images in order, resized but not augmented, as float [B, 3, S, S]."""
+    """Yields the images in order, resized but not augmented, as float [B, 3, S, S].
+
+    view is the map [2, 3] of all images, by default plain_map(preprocessing).
+    """
+    view = plain_map(preprocessing) if view is None else view
+    view = view.to(images.device)
     for part in images.split(batch_size):
-        yield resample(part, identity_maps(len(part), part.device), preprocessing)
+        yield resample(part, view.expand(len(part), 2, 3), preprocessing)
 
 
 def mix_seeds(*numbers: int) -> int:

@@ -20,14 +20,20 @@ from dataset import (
     Augmentation,
     Preprocessing,
     Split,
+    crop_maps,
     draw_shapes,
     identity_maps,
     load_cifar10,
     load_dataset,
+    plain_batches,
+    principal_components,
+    random_colours,
     random_maps,
     resample,
     stratified_split,
+    stratified_subset,
     training_batches,
+    view_maps,
 )
 from utils import UserError
 
@@ -63,6 +69,23 @@ def test_stratified_split_is_fixed_disjoint_and_stratified():
     assert torch.equal(again.images, train.images)
 
 
+def test_subset_is_fixed_stratified_and_of_the_split(shapes):
+    small, large = (stratified_subset(shapes.train, size) for size in (100, 500))
+    assert small.labels.bincount().tolist() == [10] * 10
+    assert large.labels.bincount().tolist() == [50] * 10
+    assert torch.equal(stratified_subset(shapes.train, 100).images, small.images)
+    known = {(bytes(i.numpy()), int(c)) for i, c in zip(*shapes.train, strict=True)}
+    chosen = {(bytes(i.numpy()), int(c)) for i, c in zip(*large, strict=True)}
+    assert len(chosen) == 500
+    assert chosen <= known
+
+
+@pytest.mark.parametrize("size", [0, 5, 101, 1510])
+def test_subset_that_cannot_be_had(shapes, size):
+    with pytest.raises(UserError, match=f"--train-images {size} is not a multiple of 10 from 10 "):
+        stratified_subset(shapes.train, size)
+
+
 def test_real_cifar10(cifar10_dir):
     data = load_cifar10(cifar10_dir)
     assert data.classes[:3] == ["airplane", "automobile", "bird"]
@@ -87,6 +110,18 @@ def test_channel_statistics(shapes):
     pixels = images.numpy().astype(np.float64).transpose(1, 0, 2, 3).reshape(3, -1)
     np.testing.assert_allclose(ours.mean, pixels.mean(axis=1), rtol=1e-12)
     np.testing.assert_allclose(ours.std, pixels.std(axis=1), rtol=1e-10)
+
+
+def test_centred_input_is_the_image_minus_the_mean(shapes):
+    images = shapes.train.images
+    plain, centred = Preprocessing.of(images), Preprocessing.of(images, "centred")
+    assert centred.mean == plain.mean
+    assert centred.std == [1.0] * 3
+    first = images[:3].numpy().astype(np.float64)
+    mean = images.numpy().astype(np.float64).mean(axis=(0, 2, 3))
+    small = Preprocessing(centred.mean, centred.std, size=32)
+    ours = resample(images[:3], identity_maps(3), small)
+    np.testing.assert_allclose(ours.numpy(), first - mean[:, None, None], rtol=0, atol=1e-2)
 
 
 # --- Shapes -------------------------------------------------------------------------------------
@@ -156,12 +191,116 @@ def test_random_maps_stay_in_range_and_mirror_half():
     assert torch.equal(still, identity_maps(5))
 
 
+# --- The paper's crops, views and colour noise (§4.1) -------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def enlarged(shapes):
+    """Six images, whole, enlarged to 256x256 by PyTorch's own bilinear interpolation."""
+    return F.interpolate(shapes.train.images[:6].float(), 256, mode="bilinear", antialias=False)
+
+
+def test_crops_are_cut_from_the_enlarged_image(shapes, enlarged):
+    corners = [(0, 0), (29, 0), (0, 29), (29, 29), (7, 22), (15, 14)]
+    ours = resample(shapes.train.images[:6], crop_maps(torch.tensor(corners)), PLAIN)
+    for image, whole, (left, top) in zip(ours, enlarged, corners, strict=True):
+        expected = whole[:, top : top + 227, left : left + 227]
+        torch.testing.assert_close(image, expected, rtol=0, atol=2e-3)
+
+
+def test_ten_views_are_cut_from_the_enlarged_image(shapes, enlarged):
+    """2012 source, convdata.py, start_positions; the centre of 29 spare pixels begins at 14."""
+    cuts = [slice(0, 227), slice(14, 241), slice(29, 256)]
+    places = [(1, 1), (0, 0), (0, 2), (2, 0), (2, 2)]
+    expected = [enlarged[:, :, cuts[top], cuts[left]] for top, left in places]
+    expected += [view.flip(3) for view in expected]
+    views = [resample(shapes.train.images[:6], view.expand(6, 2, 3), PLAIN) for view in view_maps()]
+    assert len(views) == 10
+    found = set()
+    for view in views:
+        errors = [(view - other).abs().max().item() for other in expected]
+        assert min(errors) < 2e-3
+        found.add(errors.index(min(errors)))
+    assert found == set(range(10))
+
+
+def test_plain_view_after_training_on_crops_is_the_centre_crop(shapes, enlarged):
+    preprocessing = Preprocessing.of(shapes.train.images, "centred", "paper")
+    [ours] = plain_batches(shapes.train.images[:6], preprocessing, 6)
+    mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
+    expected = enlarged[:, :, 14:241, 14:241] - mean
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-3)
+
+
+def test_random_crops_take_every_whole_pixel_and_mirror_half():
+    maps = random_maps(20000, Augmentation(crop=True), torch.Generator().manual_seed(0))
+    scale, shift = maps[:, [0, 1], [0, 1]], maps[:, :, 2]
+    torch.testing.assert_close(scale.abs(), torch.full((20000, 2), 227 / 256))
+    assert (maps[:, 0, 1] == 0).all()
+    assert (maps[:, 1, 0] == 0).all()
+    assert (scale[:, 1] > 0).all()
+    assert 0.48 < (scale[:, 0] < 0).double().mean() < 0.52
+    # The image is 2 units wide: a crop's centre is (corner - 14.5) of 128 half widths from its own.
+    corners = shift * 128 + 14.5
+    torch.testing.assert_close(corners, corners.round(), rtol=0, atol=1e-4)
+    counts = torch.stack([c.round().long().bincount(minlength=30) for c in corners.unbind(1)])
+    assert counts.shape == (2, 30)
+    assert (counts > 500).all()  # 667 expected, with a deviation of 25
+    pairs = (corners.round() @ torch.tensor([30.0, 1.0])).unique()
+    assert len(pairs) == 900
+
+
+def covariance(images):
+    """Of the RGB values of all pixels, by NumPy in float64."""
+    return np.cov(images.numpy().astype(np.float64).transpose(1, 0, 2, 3).reshape(3, -1))
+
+
+def test_principal_components_are_eigenvectors_times_deviations(shapes):
+    ours = principal_components(shapes.train.images).double().numpy()
+    eigenvalues, eigenvectors = np.linalg.eigh(covariance(shapes.train.images))
+    order = np.argsort(np.linalg.norm(ours, axis=0))
+    for column, value, vector in zip(ours.T[order], eigenvalues, eigenvectors.T, strict=True):
+        assert np.linalg.norm(column) == pytest.approx(value**0.5, rel=1e-5)
+        assert abs(column @ vector) == pytest.approx(value**0.5, rel=1e-5)
+
+
+def test_colour_noise_has_a_hundredth_of_the_covariance(shapes):
+    """alpha has deviation 0.1; one draw of three numbers for an image."""
+    colours = principal_components(shapes.train.images)
+    noise = random_colours(colours, 200_000, torch.Generator().manual_seed(0)).double().numpy()
+    assert noise.shape == (200_000, 3)
+    expected = 0.01 * covariance(shapes.train.images)
+    size = expected.diagonal().max()
+    np.testing.assert_allclose(np.cov(noise.T), expected, rtol=0, atol=0.02 * size)
+    np.testing.assert_allclose(noise.mean(axis=0), 0, atol=0.02 * size**0.5)
+
+
+def test_colour_noise_is_added_and_the_sum_divided(shapes):
+    """2012 source, convdata.py: (image - mean + noise) / (1 + 0.1)."""
+    images, noise = shapes.train.images[:2], torch.tensor([[10.0, -5.0, 0.0], [0.0, 2.0, 40.0]])
+    preprocessing = Preprocessing([120.0, 110.0, 100.0], [1.0, 2.0, 4.0], size=32)
+    ours = resample(images, identity_maps(2), preprocessing, noise)
+    pixel = images[1, :, 20, 11].double()
+    expected = (pixel - torch.tensor([120, 110, 100]) + noise[1]) / 1.1 / torch.tensor([1, 2, 4])
+    torch.testing.assert_close(ours[1, :, 20, 11].double(), expected, rtol=0, atol=1e-3)
+
+
+def test_augmentation_by_name(shapes):
+    images = shapes.train.images
+    assert Augmentation.of("shift", images) == Augmentation(flip=True, shift=4.0)
+    assert Augmentation.of("none", images) == Augmentation(flip=False, shift=0)
+    paper = Augmentation.of("paper", images)
+    assert (paper.flip, paper.crop) == (True, True)
+    assert torch.equal(paper.colours, principal_components(images))
+
+
 # --- Batches ------------------------------------------------------------------------------------
 
 
-def batches(seed=0, epoch=0, first_step=0, n=100):
+def batches(seed=0, epoch=0, first_step=0, n=100, augmentation=None):
+    augmentation = augmentation or Augmentation()
     return list(
-        training_batches(numbered_split(n), PLAIN, Augmentation(), 32, seed, epoch, first_step)
+        training_batches(numbered_split(n), PLAIN, augmentation, 32, seed, epoch, first_step)
     )
 
 
@@ -186,8 +325,25 @@ def test_batches_depend_on_seed_and_epoch_alone():
         assert not torch.equal(first[0][1], other[0][1])
 
 
-def test_resumed_batches_are_the_rest_of_the_epoch():
-    whole, rest = batches(epoch=5), batches(epoch=5, first_step=2)
+def test_colour_noise_is_an_images_own_and_new_in_each_epoch():
+    augmentation = Augmentation(crop=True, colours=torch.eye(3) * 50)
+    tints = {}
+    for epoch in (0, 1):
+        for images, labels in batches(epoch=epoch, augmentation=augmentation):
+            noise = images * 1.1 - labels.view(-1, 1, 1, 1)
+            tint = noise.mean((2, 3))  # the same at every pixel, another for each channel and image
+            same = tint[:, :, None, None].expand_as(noise)
+            torch.testing.assert_close(noise, same, rtol=0, atol=1e-2)
+            tints |= {(epoch, int(n)): tuple(t.tolist()) for n, t in zip(labels, tint, strict=True)}
+    assert len(set(tints.values())) == 200
+    assert np.std(list(tints.values())) == pytest.approx(5, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["shift", "paper", "none"])
+def test_resumed_batches_are_the_rest_of_the_epoch(shapes, name):
+    augmentation = Augmentation.of(name, shapes.train.images)
+    whole = batches(epoch=5, augmentation=augmentation)
+    rest = batches(epoch=5, first_step=2, augmentation=augmentation)
     assert len(rest) == 2
     for (images, labels), (rest_images, rest_labels) in zip(whole[2:], rest, strict=True):
         assert torch.equal(images, rest_images)
