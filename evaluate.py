@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: python evaluate.py runs/cifar10-sgd/best.pt
+"""Evaluates a checkpoint: python evaluate.py runs/cifar10-sgd/best.pt [--views 10]
 
 The network, its preprocessing and its data set are rebuilt from the checkpoint alone.
 """
@@ -19,12 +19,14 @@ import figures
 from dataset import (
     DATASETS,
     DEFAULT_DATA_DIR,
+    ENLARGED_SIZE,
     Preprocessing,
     Split,
     load_dataset,
     plain_batches,
+    view_maps,
 )
-from model import IMAGE_SIZE, AlexNet
+from model import CHOICES, IMAGE_SIZE, AlexNet
 from utils import (
     OneLineParser,
     UserError,
@@ -50,6 +52,7 @@ def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
     """
     checkpoint = load_checkpoint(path)
     try:
+        _check_known(path, checkpoint["model"])
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
             network = AlexNet(**checkpoint["model"])
         network.load_state_dict(checkpoint["weights"], assign=True)
@@ -59,6 +62,18 @@ def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
         reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise UserError(f"{path} is not a complete checkpoint ({reason}); use another") from None
     return network.eval().to(memory_format=torch.channels_last), preprocessing, checkpoint
+
+
+def _check_known(path: str | Path, settings: dict) -> None:
+    """Raises UserError for a setting of the network, or its value, that model.py does not have."""
+    for name, value in settings.items():
+        if name in ("num_classes", "dropout"):
+            continue  # numbers, whose range AlexNet checks
+        if value not in CHOICES.get(name, ()):
+            raise UserError(
+                f"{path} holds a network with {name!a:.40} = {value!a:.40}, which this version "
+                "does not know; use the program's version that wrote it"
+            )
 
 
 def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing) -> None:
@@ -71,7 +86,9 @@ def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing
     for numbers in (preprocessing.mean, preprocessing.std):
         if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
             raise ValueError("preprocessing needs a mean and a deviation for each of 3 channels")
-    if min(preprocessing.std) <= 0 or preprocessing.size != IMAGE_SIZE:
+    sizes = preprocessing.size, preprocessing.enlarged_size
+    allowed = (IMAGE_SIZE, IMAGE_SIZE), (IMAGE_SIZE, ENLARGED_SIZE)
+    if min(preprocessing.std) <= 0 or sizes not in allowed:
         raise ValueError("the preprocessing does not fit the network")
     if training["dataset"] not in DATASETS or training["precision"] not in ("fp32", "bf16"):
         raise ValueError("the data set or the precision is unknown")
@@ -81,17 +98,39 @@ def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing
 
 @torch.no_grad()
 def predict(
-    network: AlexNet, images: Tensor, preprocessing: Preprocessing, precision: str
+    network: AlexNet,
+    images: Tensor,
+    preprocessing: Preprocessing,
+    precision: str,
+    view: Tensor | None = None,
 ) -> Tensor:
-    """Logits, float32 [N, classes], of uint8 images [N, 3, H, W] on the network's device."""
+    """Logits, float32 [N, classes], of uint8 images [N, 3, H, W] on the network's device.
+
+    view is the map [2, 3] through which all of them are seen, by default the preprocessing's.
+    """
     network.eval()
-    batches = plain_batches(images, preprocessing, BATCH_SIZE)
+    batches = plain_batches(images, preprocessing, BATCH_SIZE, view)
     total = math.ceil(len(images) / BATCH_SIZE)
     logits = []
     for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=None):
         with autocast(images.device, precision):
             logits.append(network(batch).float())
     return torch.cat(logits)
+
+
+def predict_ten_views(
+    network: AlexNet, images: Tensor, preprocessing: Preprocessing, precision: str
+) -> Tensor:
+    """Logarithm of the mean of the softmax over the paper's ten views (§4.1), [N, classes].
+
+    Takes and returns what predict() does; as logits these give the mean's own probabilities.
+    """
+    views = view_maps()
+    total = None
+    for view in views:
+        ones = predict(network, images, preprocessing, precision, view).log_softmax(1)
+        total = ones if total is None else torch.logaddexp(total, ones)
+    return total - math.log(len(views))
 
 
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -147,10 +186,28 @@ def data_dir_of(training: dict) -> Path:
     return folder if (folder / CIFAR10.base_folder).is_dir() else Path(DEFAULT_DATA_DIR)
 
 
-def print_summary(summary: dict) -> None:
+def print_views(one: dict, ten: dict) -> None:
+    """The two summaries side by side."""
+    print(f"{'':<16}{'one view':<28}ten views")
+    texts = [f"{100 * s['accuracy']:.2f}% ({interval_text(s)})" for s in (one, ten)]
+    print(f"{'top-1 accuracy':<16}{texts[0]:<28}{texts[1]}")
+    print(f"{'cross-entropy':<16}{one['loss']:<28.4f}{ten['loss']:.4f}")
+    print("in brackets: 95 % interval; below: one view")
+
+
+def interval_text(summary: dict) -> str:
     low, high = summary["interval_95"]
-    print(f"top-1 accuracy  {summary['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%})")
-    print(f"cross-entropy   {summary['loss']:.4f}")
+    return f"{low:.2%} to {high:.2%}"
+
+
+def print_summary(summary: dict) -> None:
+    print(
+        f"top-1 accuracy  {summary['accuracy']:.2%} (95 % interval {interval_text(summary)})\n"
+        f"cross-entropy   {summary['loss']:.4f}"
+    )
+
+
+def print_classes(summary: dict) -> None:
     print(f"\n{'class':<14}{'images':>7}{'accuracy':>10}   95 % interval")
     for row in summary["per_class"]:
         low, high = row["interval_95"]
@@ -179,6 +236,13 @@ def parse_arguments() -> argparse.Namespace:
         choices=("auto", "fp32", "bf16"),
         help="default: the one the checkpoint was trained in",
     )
+    parser.add_argument(
+        "--views",
+        type=int,
+        choices=(1, 10),
+        default=1,
+        help="10: also the mean over four corners, centre, and their mirror images; default: 1",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
     return parser.parse_args()
 
@@ -199,8 +263,13 @@ def main() -> None:
         raise UserError(f"{args.checkpoint} has other classes than {training['dataset']}")
     split = getattr(dataset, args.split).to(device)
 
-    logits = predict(network.to(device), split.images, preprocessing, precision)
+    network.to(device)
+    logits = predict(network, split.images, preprocessing, precision)
     summary = summarise(logits, split, checkpoint["classes"])
+    ten = None
+    if args.views == 10:
+        logits = predict_ten_views(network, split.images, preprocessing, precision)
+        ten = summarise(logits, split, checkpoint["classes"])
 
     if args.json:
         about = {
@@ -210,14 +279,24 @@ def main() -> None:
             "epoch": checkpoint["epoch"],
             "precision": precision,
         }
-        record = {**about, **summary, "training": training, "environment": environment(device)}
+        views = {"ten_views": ten} if ten else {}
+        where = {"training": training, "environment": environment(device)}
+        record = {**about, **summary, **views, **where}
         with atomic_write(args.json) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
 
     what = f"{DATASETS[training['dataset']]}, {args.split} split"
     print(f"{args.checkpoint}: AlexNet, {checkpoint['epoch']} of {training['epochs']} epochs")
-    print(f"{what}, {summary['images']:,} images, one view, {precision} on {device_name(device)}\n")
-    print_summary(summary)
+    view = "the whole image" if preprocessing.enlarged_size == IMAGE_SIZE else "the centre crop"
+    print(
+        f"{what}, {summary['images']:,} images, one view is {view}, "
+        f"{precision} on {device_name(device)}\n"
+    )
+    if ten:
+        print_views(summary, ten)
+    else:
+        print_summary(summary)
+    print_classes(summary)
 
     picture = args.checkpoint.with_name(f"{args.checkpoint.stem}-confusion-{args.split}.png")
     matrix = np.array(summary["confusion_matrix"])

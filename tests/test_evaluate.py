@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 from conftest import run_python
 from torch import nn
 
+import dataset
 import evaluate
 from dataset import Preprocessing, Split, draw_shapes
-from evaluate import load_network, predict, summarise, wilson_interval
+from evaluate import load_network, predict, predict_ten_views, summarise, wilson_interval
 from model import AlexNet
 from utils import FORMAT, FORMAT_VERSION, UserError, run_script, save_checkpoint
 
@@ -82,6 +84,52 @@ def test_prediction_does_not_depend_on_the_batches(content, monkeypatch):
     plain = nn.functional.interpolate((images.float() - 120) / 60, 227, mode="bilinear")
     with torch.no_grad():
         torch.testing.assert_close(at_once, network.eval()(plain), rtol=1e-3, atol=1e-4)
+
+
+def test_ten_views_are_averaged_after_the_softmax(content):
+    """§4.1; crops cut from the enlarged images, probabilities averaged in float64."""
+    network = AlexNet(num_classes=3)
+    network.load_state_dict(content["weights"])
+    nn.init.normal_(network.fc8.weight, std=0.1)  # probabilities that differ from view to view
+    preprocessing = Preprocessing(**content["preprocessing"])
+    images = draw_shapes().val.images[:3]
+    ours = predict_ten_views(network, images, preprocessing, "fp32")
+    enlarged = nn.functional.interpolate((images.float() - 120) / 60, 256, mode="bilinear")
+    probabilities = []
+    for top, left in ((0, 0), (0, 29), (29, 0), (29, 29), (14, 14)):
+        crop = enlarged[:, :, top : top + 227, left : left + 227]
+        with torch.no_grad():
+            both = network.eval()(crop), network(crop.flip(3))
+        probabilities += [logits.double().softmax(1) for logits in both]
+    assert torch.stack(probabilities).std(0).max() > 0.01
+    expected = torch.stack(probabilities).mean(0)
+    torch.testing.assert_close(ours.double().exp(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_ten_views_beside_one(tmp_path, monkeypatch, capsys, content):
+    """The network is replaced by one that is right on the left views and undecided elsewhere."""
+    split = Split(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 2]))
+    data = dataset.Dataset(CLASSES, split, split, split)
+
+    def predict(network, images, preprocessing, precision, view=None):
+        sees = view is not None and view[0, 2] < 0
+        return torch.eye(3) * (9.0 if sees else 0.0)
+
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *_: data)
+    monkeypatch.setattr(evaluate, "predict", predict)
+    save_checkpoint(tmp_path / "best.pt", content)
+    options = ["--views", "10", "--json", str(tmp_path / "out.json"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "best.pt"), *options])
+    evaluate.main()
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["loss"] == pytest.approx(np.log(3), rel=1e-6)
+    assert record["ten_views"]["accuracy"] == 1.0
+    # The centre begins at 14 of 29 pixels, on the left; so do two of four corners, and mirrors.
+    right = 6 * np.exp(9) / (np.exp(9) + 2) + 4 / 3
+    assert record["ten_views"]["loss"] == pytest.approx(-np.log(right / 10), rel=1e-6)
+    out = capsys.readouterr().out
+    assert re.search(r"one view +ten views", out)
+    assert re.search(rf"cross-entropy +{np.log(3):.4f} +{-np.log(right / 10):.4f}", out)
 
 
 # --- The script ---------------------------------------------------------------------------------
@@ -213,7 +261,7 @@ def test_bad_checkpoint_is_one_line(tmp_path, monkeypatch, capsys, content, writ
 
 
 BAD_PARTS = {
-    "model": [None, {"num_classes": 0}, {"layers": 3}, {"num_classes": 2**60}, {"groups": "2"}],
+    "model": [None, {"num_classes": 0}, {"num_classes": 2**60}, {"dropout": "half"}],
     "weights": [None, {}, {"conv1.weight": torch.zeros(1)}],
     "classes": [None, ["a"], [1, 2, 3], ["a", "b", "\x1b[31m"]],
     "preprocessing": [
@@ -222,6 +270,7 @@ BAD_PARTS = {
         {"mean": [0.0] * 3, "std": [0.0] * 3},
         {"mean": [float("nan")] * 3, "std": [1.0] * 3},
         {"mean": [0.0] * 3, "std": [1.0] * 3, "size": 10**9},
+        {"mean": [0.0] * 3, "std": [1.0] * 3, "enlarged_size": 200},
     ],
     "training": [None, {}, {"dataset": "../x", "precision": "fp32", "epochs": 1}],
     "epoch": [None, "one"],
@@ -246,6 +295,26 @@ def test_checkpoint_with_a_part_missing(monkeypatch, content, part):
         load_network("bad.pt")
 
 
+@pytest.mark.parametrize(
+    ("switch", "value"),
+    [("layers", 3), ("groups", "2"), ("norm", "batch"), ("activation", torch.ones(2))],
+)
+def test_network_that_this_version_does_not_know(monkeypatch, content, switch, value):
+    newer = {**content, "model": {**content["model"], switch: value}}
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: newer)
+    with pytest.raises(UserError, match=rf"new\.pt holds a network with '{switch}' = .*not know"):
+        load_network("new.pt")
+
+
+def test_checkpoint_from_before_the_switches(monkeypatch, content):
+    old = {**content, "model": {"num_classes": 3, "groups": 1, "dropout": 0.5}}
+    old["preprocessing"] = {"mean": [120.0] * 3, "std": [60.0] * 3, "size": 227}
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: old)
+    network, preprocessing, _ = load_network("old.pt")
+    assert network.config == AlexNet(num_classes=3).config
+    assert preprocessing.enlarged_size == 227
+
+
 def test_saved_network_comes_back(tmp_path, content):
     save_checkpoint(tmp_path / "good.pt", content)
     network, preprocessing, _ = load_network(tmp_path / "good.pt")
@@ -259,6 +328,7 @@ def test_saved_network_comes_back(tmp_path, content):
     ("options", "named"),
     [
         ("--split train", "train"),
+        ("--views 5", "--views"),
         ("--json nowhere/out.json", "nowhere"),
         ("--json .", "is not a file"),
         ("--device cuda:99", "--device cuda:99"),
