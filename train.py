@@ -1,4 +1,4 @@
-"""Trains AlexNet: python train.py [--dataset shapes] [--optimizer adam] [--resume RUN_DIR]
+"""Trains AlexNet: python train.py [--recipe paper] [--dataset shapes] [--resume RUN_DIR]
 
 Each run has a folder: config.json, metrics.csv, timing.csv, curves.png, last.pt (all that resuming
 needs) and best.pt (the best on the validation split, all that evaluate.py needs).
@@ -20,17 +20,20 @@ from tqdm import tqdm
 
 import figures
 from dataset import (
+    AUGMENTATIONS,
     DATASETS,
     DEFAULT_DATA_DIR,
+    INPUTS,
     Augmentation,
     Dataset,
     Preprocessing,
     load_dataset,
     mix_seeds,
+    stratified_subset,
     training_batches,
 )
 from evaluate import load_network, loss_and_accuracy, predict
-from model import AlexNet
+from model import CHOICES, INITS, AlexNet
 from utils import (
     OneLineParser,
     StopRequest,
@@ -41,6 +44,7 @@ from utils import (
     environment,
     fraction,
     keep_freed_memory,
+    non_negative_float,
     non_negative_int,
     peak_memory_mib,
     positive_float,
@@ -56,15 +60,45 @@ from utils import (
 # ---------------------------------------------------------------------------------------------
 
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam"}  # names for options and for people
-SGD = {"momentum": 0.9, "weight_decay": 5e-4}
+SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # paper §5
 ADAM = {"weight_decay": 0.0}
+MODERN = {  # the best one known
+    "init": "he",
+    "input": "standardised",
+    "augmentation": "shift",
+    "schedule": "cosine",
+    "bias_lr_factor": 1.0,
+    "bias_decay_factor": 1.0,
+    "activation": "relu",
+    "norm": "lrn",
+    "pooling": "overlapping",
+    "dropout": 0.5,
+    "groups": 1,
+}
+PAPER = {  # 2012
+    "init": "2012",  # 2012 source: layers/layers-145.cfg, layers-166.cfg
+    "input": "centred",  # §2
+    "augmentation": "paper",  # §4.1
+    "schedule": "plateau",  # §5
+    "bias_lr_factor": 2.0,  # 2012 source: layers/layer-params-166.cfg
+    "bias_decay_factor": 0.0,  # the same
+    "activation": "relu",  # §3.1
+    "norm": "lrn",  # §3.3; 2012 source: layer.py
+    "pooling": "overlapping",  # §3.4
+    "dropout": 0.5,  # §4.2
+    "groups": 1,  # one GPU is enough today; the paper had 2 (§3.2)
+}
 RECIPES = {
-    ("cifar10", "sgd"): {"epochs": 60, "batch_size": 128, "lr": 0.01, **SGD},
-    ("cifar10", "adam"): {"epochs": 60, "batch_size": 128, "lr": 2e-4, **ADAM},
-    ("shapes", "sgd"): {"epochs": 4, "batch_size": 32, "lr": 0.01, **SGD},
-    ("shapes", "adam"): {"epochs": 4, "batch_size": 32, "lr": 1e-4, **ADAM},
+    ("modern", "cifar10", "sgd"): {"epochs": 60, "batch_size": 128, "lr": 0.01, **SGD, **MODERN},
+    ("modern", "cifar10", "adam"): {"epochs": 60, "batch_size": 128, "lr": 2e-4, **ADAM, **MODERN},
+    ("modern", "shapes", "sgd"): {"epochs": 4, "batch_size": 32, "lr": 0.01, **SGD, **MODERN},
+    ("modern", "shapes", "adam"): {"epochs": 4, "batch_size": 32, "lr": 1e-4, **ADAM, **MODERN},
+    # §5: 90 epochs, batches of 128, and 0.01, which diverges here (docs/faithful.md).
+    ("paper", "cifar10", "sgd"): {"epochs": 90, "batch_size": 128, "lr": 1e-3, **SGD, **PAPER},
+    ("paper", "shapes", "sgd"): {"epochs": 4, "batch_size": 32, "lr": 1e-3, **SGD, **PAPER},
 }
 DEFAULTS = {
+    "recipe": "modern",
     "dataset": "cifar10",
     "optimizer": "sgd",
     "data_dir": DEFAULT_DATA_DIR,
@@ -74,6 +108,8 @@ DEFAULTS = {
     "save_every": 3.0,
 }
 WARM_UP = 0.05  # of all steps
+PATIENCE = 5  # epochs; the paper does not say how long its authors watched
+DIVISIONS = 3  # paper §5: the learning rate was "reduced three times prior to termination"
 
 METRICS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 TIMING = ("epoch", "seconds", "images_per_second", "peak_memory_mib")
@@ -90,11 +126,61 @@ def learning_rate(step: int, total_steps: int, peak: float) -> float:
     return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
+def plateau_rate(val_accuracies: list[float], start: float) -> float:
+    """The learning rate after epochs with these validation accuracies (paper §5).
+
+    It begins at start and is divided by 10 when PATIENCE epochs in a row have brought no new best,
+    DIVISIONS times at most.
+    """
+    best, waited, divisions = -1.0, 0, 0
+    for accuracy in val_accuracies:
+        waited = 0 if accuracy > best else waited + 1
+        best = max(best, accuracy)
+        if waited == PATIENCE and divisions < DIVISIONS:
+            divisions, waited = divisions + 1, 0
+    return start / 10**divisions
+
+
 def make_optimizer(network: AlexNet, config: dict) -> torch.optim.Optimizer:
+    """SGD or Adam; biases have a learning rate and a weight decay of their own.
+
+    SGD's step is b <- m b + (g + d w), w <- w - r b, with gradient g, momentum m, weight decay d
+    and learning rate r. The paper's (§5) is v <- m v - r d w - r g, w <- w + v. They are the same,
+    with v = -r b, while r is constant; after a change of r the paper's v still holds the old r.
+    """
     settings = {"lr": config["lr"], "weight_decay": config["weight_decay"], "fused": True}
+    groups = parameter_groups(network, config)
     if config["optimizer"] == "sgd":
-        return torch.optim.SGD(network.parameters(), momentum=config["momentum"], **settings)
-    return torch.optim.Adam(network.parameters(), **settings)
+        return torch.optim.SGD(groups, momentum=config["momentum"], **settings)
+    return torch.optim.Adam(groups, **settings)
+
+
+def parameter_groups(network: AlexNet, config: dict) -> list[dict]:
+    """Weights and biases, each with lr_factor, to be multiplied with the learning rate, and decay.
+
+    One group where biases are treated as weights.
+    """
+    lr_factor, decay_factor = config["bias_lr_factor"], config["bias_decay_factor"]
+    parameters = list(network.parameters())
+    if lr_factor == decay_factor == 1:
+        return [{"params": parameters, "lr_factor": 1.0}]
+    weights = [parameter for parameter in parameters if parameter.dim() > 1]
+    biases = [parameter for parameter in parameters if parameter.dim() == 1]
+    decay = decay_factor * config["weight_decay"]
+    return [
+        {"params": weights, "lr_factor": 1.0},
+        {"params": biases, "lr_factor": lr_factor, "weight_decay": decay},
+    ]
+
+
+def make_network(config: dict, num_classes: int) -> AlexNet:
+    """The network with a run's switches and first weights."""
+    switches = {name: config[name] for name in ("dropout", *CHOICES)}
+    torch.manual_seed(config["seed"])
+    network = AlexNet(num_classes, **switches)
+    if config["init"] != "he":
+        network.reset_parameters(config["init"])
+    return network
 
 
 # ---------------------------------------------------------------------------------------------
@@ -105,14 +191,32 @@ def make_optimizer(network: AlexNet, config: dict) -> torch.optim.Optimizer:
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description="Train AlexNet.", argument_default=argparse.SUPPRESS)
     add = parser.add_argument
+    add("--recipe", choices=("modern", "paper"), help="sets other defaults; default: modern")
     add("--dataset", choices=DATASETS, help="default: cifar10")
     add("--data-dir", help=f"where CIFAR-10 is or goes; default: {DEFAULT_DATA_DIR}")
+    add("--train-images", type=positive_int, metavar="N", help="use so many; default: all")
     add("--optimizer", choices=OPTIMIZERS, help="default: sgd")
     add("--epochs", type=positive_int, help=recipe_defaults("epochs"))
     add("--batch-size", type=positive_int, help=recipe_defaults("batch_size"))
     add("--lr", type=positive_float, help=f"the highest; {recipe_defaults('lr')}")
     add("--momentum", type=fraction, help=f"of sgd; {recipe_defaults('momentum')}")
     add("--weight-decay", type=fraction, help=recipe_defaults("weight_decay"))
+    factor = {"type": non_negative_float, "metavar": "FACTOR"}
+    add("--bias-lr-factor", **factor, help=f"times --lr; {recipe_defaults('bias_lr_factor')}")
+    add(
+        "--bias-decay-factor",
+        **factor,
+        help=f"times --weight-decay; {recipe_defaults('bias_decay_factor')}",
+    )
+    add("--schedule", choices=("cosine", "plateau"), help=recipe_defaults("schedule"))
+    add("--init", choices=INITS, help=f"first weights and biases; {recipe_defaults('init')}")
+    add("--input", choices=INPUTS, help=recipe_defaults("input"))
+    add("--augmentation", choices=AUGMENTATIONS, help=recipe_defaults("augmentation"))
+    add("--groups", type=int, choices=CHOICES["groups"], help=recipe_defaults("groups"))
+    add("--activation", choices=CHOICES["activation"], help=recipe_defaults("activation"))
+    add("--norm", choices=CHOICES["norm"], help=recipe_defaults("norm"))
+    add("--pooling", choices=CHOICES["pooling"], help=recipe_defaults("pooling"))
+    add("--dropout", type=fraction, help=recipe_defaults("dropout"))
     add(
         "--seed", type=non_negative_int, help="of weights, order, augmentation, dropout; default: 0"
     )
@@ -120,28 +224,37 @@ def make_parser() -> argparse.ArgumentParser:
     add("--precision", choices=("auto", "fp32", "bf16"), help="default: auto")
     add("--save-every", type=positive_float, metavar="MINUTES", help="save that often; default: 3")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--output-dir", type=Path, help="default: runs/DATASET-OPTIMIZER")
+    where.add_argument("--output-dir", type=Path, help="default: a new one in runs")
     where.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a stopped run")
     return parser
 
 
 def recipe_defaults(name: str) -> str:
-    """For --help: the option's default in each recipe."""
-    values = [
-        f"{recipe[name]:g} for {dataset} with {optimizer}"
-        for (dataset, optimizer), recipe in RECIPES.items()
-        if name in recipe
-    ]
-    return f"default: {', '.join(values)}"
+    """For --help: the option's default, and where the paper's recipe or Adam has another."""
+    values = {key: recipe[name] for key, recipe in RECIPES.items() if name in recipe}
+    first = values["modern", "cifar10", "sgd"]
+    others = [f"{value} for {' '.join(key)}" for key, value in values.items() if value != first]
+    return f"default: {', '.join([str(first), *others])}"
 
 
 def new_config(given: dict) -> dict:
     """Every setting of a new run: what was given, else the recipe's."""
     config = {**DEFAULTS, **given}
-    recipe = RECIPES[config["dataset"], config["optimizer"]]
+    key = config["recipe"], config["dataset"], config["optimizer"]
+    if key not in RECIPES:
+        raise UserError(
+            f"--recipe {config['recipe']} is for --optimizer sgd; leave one of the two out"
+        )
+    recipe = RECIPES[key]
     if "momentum" in config and "momentum" not in recipe:
         raise UserError("--momentum is for --optimizer sgd; leave it out with adam")
     return {**recipe, **config}
+
+
+def run_name(config: dict) -> str:
+    """For people: the data set, and the optimizer or the paper's recipe."""
+    how = "the paper's recipe" if config["recipe"] == "paper" else OPTIMIZERS[config["optimizer"]]
+    return f"AlexNet on {DATASETS[config['dataset']]}, {how}"
 
 
 def make_run_dir(config: dict, output_dir: Path | None) -> Path:
@@ -160,7 +273,8 @@ def make_run_dir(config: dict, output_dir: Path | None) -> Path:
 def free_run_dir(config: dict, output_dir: Path | None) -> Path:
     """The folder for a new run, not yet made. Raises UserError if output_dir is taken."""
     if output_dir is None:
-        name = f"{config['dataset']}-{config['optimizer']}"
+        how = "paper" if config["recipe"] == "paper" else config["optimizer"]
+        name = f"{config['dataset']}-{how}"
         candidates = [Path("runs", name)] + [Path("runs", f"{name}-{i}") for i in range(2, 10000)]
         return next(path for path in candidates if not path.exists())
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
@@ -207,18 +321,23 @@ def as_command_line(settings: dict) -> list[str]:
 # ---------------------------------------------------------------------------------------------
 
 
+class DivergedError(UserError):
+    """A loss or weight has become NaN or infinite."""
+
+
 class Run:
     """A network in training, how far it has come, and the folder that records it."""
 
     def __init__(self, run_dir: Path, config: dict, dataset: Dataset, device: torch.device):
         self.dir, self.config, self.device = run_dir, config, device
         self.classes = dataset.classes
-        self.preprocessing = Preprocessing.of(dataset.train.images)
+        images, augmentation = dataset.train.images, config["augmentation"]
+        self.preprocessing = Preprocessing.of(images, config["input"], augmentation)
+        self.augmentation = Augmentation.of(augmentation, images)
         self.train, self.val = dataset.train.to(device), dataset.val.to(device)
         self.steps_per_epoch = math.ceil(len(self.train.labels) / config["batch_size"])
         self.total_steps = self.steps_per_epoch * config["epochs"]
-        torch.manual_seed(config["seed"])
-        self.network = AlexNet(num_classes=len(self.classes))
+        self.network = make_network(config, len(self.classes))
         self.network.to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.network, config)
 
@@ -286,12 +405,12 @@ class Run:
             step = wrong[0].item()
             raise self.diverged(f"the loss became {self.losses[step].item()}", step + 1)
 
-    def diverged(self, what: str, step: int) -> UserError:
+    def diverged(self, what: str, step: int) -> DivergedError:
         """The error that ends a run gone wrong: where, what to try, what is left."""
         files = (self.dir / "last.pt", self.dir / "best.pt")
         kept = [str(path) for path in files if path.exists() or (self.best and path is files[1])]
         fp32 = "" if self.config["precision"] == "fp32" else ", or --precision fp32"
-        return UserError(
+        return DivergedError(
             f"{what} in epoch {self.epoch + 1}, step {step}; start a new run with a lower --lr "
             f"than {self.config['lr']:g}{fp32}. "
             f"Kept from before: {' and '.join(kept) or 'nothing, no epoch was finished'}"
@@ -301,8 +420,11 @@ class Run:
         """Goes back to where last.pt was written. Raises UserError if it does not fit the run."""
         path = self.dir / "last.pt"
         network, _, content = load_network(path)
-        for name, value in self.config.items():
-            if name not in CHANGEABLE and content["training"].get(name) != value:
+        # A checkpoint from before an option existed was trained as the default does.
+        recorded = {**DEFAULTS, **MODERN, **content["training"]}
+        for name in {**recorded, **self.config}:
+            value = self.config.get(name)
+            if name not in CHANGEABLE and recorded.get(name) != value:
                 raise UserError(f"{path} is not of this run: its {name} is not {value}")
         try:
             self.network.load_state_dict(network.state_dict())
@@ -319,7 +441,8 @@ class Run:
                 f"--epochs {self.config['epochs']} is less than the {self.epoch} that "
                 f"{self.dir} already has"
             )
-        if content["training"]["epochs"] != self.config["epochs"]:
+        changed = content["training"]["epochs"] != self.config["epochs"]
+        if changed and self.config["schedule"] == "cosine":
             print(
                 f"{self.config['epochs']} epochs instead of {content['training']['epochs']}: "
                 "from here the learning rate follows the schedule of the new length"
@@ -342,9 +465,7 @@ class Run:
                 writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(self.history)
-        dataset, optimizer = DATASETS[self.config["dataset"]], OPTIMIZERS[self.config["optimizer"]]
-        title = f"AlexNet on {dataset}, {optimizer}"
-        curves = figures.learning_curves(self.history, title)
+        curves = figures.learning_curves(self.history, run_name(self.config))
         figures.save_figure(curves, self.dir / "curves.png")
 
 
@@ -353,11 +474,19 @@ class Run:
 # ---------------------------------------------------------------------------------------------
 
 
+def rate_now(run: Run, global_step: int) -> float:
+    """The weights' learning rate at this step of the whole run."""
+    if run.config["schedule"] == "plateau":
+        return plateau_rate([row["val_accuracy"] for row in run.history], run.config["lr"])
+    return learning_rate(global_step, run.total_steps, run.config["lr"])
+
+
 def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """One step of gradient descent. Returns the loss and the number of right answers."""
     global_step = run.epoch * run.steps_per_epoch + run.step
+    rate = rate_now(run, global_step)
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(global_step, run.total_steps, run.config["lr"])
+        group["lr"] = rate * group.get("lr_factor", 1.0)
     # Dropout depends on seed and step alone, so that a resumed run draws what it would have drawn.
     torch.manual_seed(mix_seeds(run.config["seed"], global_step))
     with autocast(run.device, run.config["precision"]):
@@ -387,7 +516,7 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
     batches = training_batches(
         run.train,
         run.preprocessing,
-        Augmentation(),
+        run.augmentation,
         config["batch_size"],
         config["seed"],
         run.epoch,
@@ -571,6 +700,8 @@ def prepare(given: dict) -> Run:
     device = select_device(config["device"])
     config["precision"] = select_precision(config["precision"], device)
     dataset = load_dataset(config["dataset"], config["data_dir"])
+    if "train_images" in config:
+        dataset.train = stratified_subset(dataset.train, config["train_images"])
     run = Run(run_dir, config, dataset, device)
     if resume and (run_dir / "last.pt").exists():
         run.load()
@@ -602,8 +733,8 @@ def main() -> int:
         print(f"{run.dir} has all its {run.epoch} epochs; give more --epochs to go on")
         return finish(run)
     print(
-        f"AlexNet on {DATASETS[config['dataset']]}: {len(run.train.labels):,} training and "
-        f"{len(run.val.labels):,} validation images, {OPTIMIZERS[config['optimizer']]}, "
+        f"{run_name(config)}: {len(run.train.labels):,} training and "
+        f"{len(run.val.labels):,} validation images, "
         f"{config['epochs']} epochs, {config['precision']} on {device_name(run.device)}\n"
         f"the run's folder is {run.dir}",
         flush=True,

@@ -106,6 +106,11 @@ def positive_float(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
+def non_negative_float(text: str) -> float:
+    """An argparse type."""
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
 def fraction(text: str) -> float:
     """An argparse type."""
     return _number(text, float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")

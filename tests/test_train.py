@@ -3,10 +3,13 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_python
@@ -14,7 +17,8 @@ from conftest import ROOT, run_python
 import dataset
 import train
 from dataset import Augmentation, Dataset, Split, training_batches
-from evaluate import loss_and_accuracy, predict
+from evaluate import load_network, loss_and_accuracy, predict
+from model import AlexNet
 from utils import run_script, select_precision
 
 
@@ -72,6 +76,128 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine():
 def test_learning_rate_of_a_very_short_run(total):
     rates = [train.learning_rate(step, total, 0.1) for step in range(total)]
     assert all(0 < rate <= 0.1 for rate in rates)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "divisions"),
+    [
+        ([], 0),
+        ([0.1], 0),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], 0),
+        ([0.5, 0.4, 0.4, 0.4, 0.4], 0),  # four epochs without a new best
+        ([0.5, 0.4, 0.4, 0.4, 0.4, 0.5], 1),  # five; the same again is no new best
+        ([0.5, 0.4, 0.4, 0.4, 0.4, 0.6, 0.5, 0.5, 0.5, 0.5], 0),  # a new best just in time
+        ([0.5] * 6 + [0.4] * 4, 1),  # the lower rate is given as long
+        ([0.5] * 6 + [0.4] * 5, 2),
+        ([0.5] * 6 + [0.6] * 6, 2),
+        ([0.5] * 16, 3),
+        ([0.5] * 90, 3),  # three times at most
+    ],
+)
+def test_plateau_divides_the_rate_by_ten(accuracies, divisions):
+    assert train.plateau_rate(accuracies, 0.01) == pytest.approx(0.01 * 0.1**divisions)
+
+
+# --- The paper's recipe -------------------------------------------------------------------------
+
+
+def test_paper_recipe_is_the_papers():
+    config = train.new_config({"recipe": "paper"})
+    expected = {"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4, "epochs": 90}
+    expected |= {"bias_lr_factor": 2, "bias_decay_factor": 0, "dropout": 0.5, "init": "2012"}
+    expected |= {"input": "centred", "augmentation": "paper", "schedule": "plateau"}
+    assert expected.items() <= config.items()
+    assert train.new_config({"recipe": "paper", "init": "he", "lr": 0.5})["init"] == "he"
+    assert train.RECIPES.keys() >= {("paper", name, "sgd") for name in dataset.DATASETS}
+
+
+def test_parameter_groups_of_the_paper():
+    with torch.device("meta"):
+        network = AlexNet()
+    weights, biases = train.parameter_groups(network, train.new_config({"recipe": "paper"}))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    for group, kind in ((weights, "weight"), (biases, "bias")):
+        layers = [f"conv{i}" for i in range(1, 6)] + ["fc6", "fc7", "fc8"]
+        assert [names[id(p)] for p in group["params"]] == [f"{name}.{kind}" for name in layers]
+    optimizer = train.make_optimizer(network, train.new_config({"recipe": "paper"}))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4, 0]
+    assert [group["lr_factor"] for group in optimizer.param_groups] == [1, 2]
+    [everything] = train.parameter_groups(network, train.new_config({}))
+    assert len(everything["params"]) == 16
+
+
+def test_steps_follow_the_papers_equations():
+    """§5, by hand in float64: v <- 0.9 v - 0.0005 e w - e g, w <- w + v; 2 e and no decay for b."""
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 1, 0])
+    network = torch.nn.Linear(4, 3).double()
+    w, b = (p.detach().numpy().copy() for p in (network.weight, network.bias))
+    v, u = np.zeros_like(w), np.zeros_like(b)
+    e = 0.1
+    config = {**train.new_config({"recipe": "paper", "lr": e}), "precision": "fp32"}
+    run = SimpleNamespace(network=network, config=config, device=torch.device("cpu"), history=[])
+    run.optimizer = train.make_optimizer(network, config)
+    run.epoch, run.steps_per_epoch = 0, 10
+    for run.step in range(5):
+        scores = np.exp(x.numpy() @ w.T + b)
+        g = (scores / scores.sum(axis=1, keepdims=True) - np.eye(3)[y]) / 6
+        v = 0.9 * v - 0.0005 * e * w - e * g.T @ x.numpy()
+        u = 0.9 * u - 2 * e * g.sum(axis=0)
+        w, b = w + v, b + u
+        train.train_step(run, x, y)
+        np.testing.assert_allclose(network.weight.detach().numpy(), w, rtol=1e-12)
+        np.testing.assert_allclose(network.bias.detach().numpy(), b, rtol=1e-12)
+
+
+def test_rate_falls_within_a_run_when_validation_stalls(tiny, monkeypatch):
+    """A network that never learns, as it is always validated by the same numbers."""
+    monkeypatch.setattr(train, "PATIENCE", 1)
+    monkeypatch.setattr(train, "loss_and_accuracy", lambda *_: (2.3, 0.1))
+    options = ("--recipe", "paper", "--epochs", 3, "--train-images", 10)
+    assert tiny(*options, "--output-dir", "run") == 0
+    assert [float(row["lr"]) for row in rows("run")] == pytest.approx([1e-3, 1e-3, 1e-4])
+
+
+def test_checkpoint_records_every_switch(tiny):
+    switches = "--activation tanh --norm none --pooling non-overlapping --groups 2 --dropout 0.2"
+    options = f"--recipe paper --epochs 1 --train-images 20 --output-dir run {switches}"
+    assert tiny(*options.split()) == 0
+    network, preprocessing, content = load_network("run/best.pt")
+    assert network.config == {
+        "num_classes": 10,
+        "activation": "tanh",
+        "norm": "none",
+        "pooling": "non-overlapping",
+        "groups": 2,
+        "dropout": 0.2,
+    }
+    assert (preprocessing.std, preprocessing.enlarged_size) == ([1.0] * 3, 256)
+    assert content["training"]["train_images"] == 20
+    val = dataset.draw_shapes().val
+    logits = predict(network, val.images, preprocessing, content["training"]["precision"])
+    loss, _ = loss_and_accuracy(logits, val.labels)
+    [row] = rows("run")
+    assert loss == pytest.approx(float(row["val_loss"]), rel=1e-6)
+    assert row["step"] == "3"  # 20 images in batches of 8
+
+
+def test_run_from_before_the_recipes_is_resumed(tiny):
+    assert tiny("--epochs", 1, "--output-dir", "whole") == 0
+    shutil.copytree("whole", "old")
+    old = ("dataset", "optimizer", "data_dir", "seed", "device", "precision", "save_every")
+    old += ("epochs", "batch_size", "lr", "momentum", "weight_decay")
+    record = json.loads(Path("old/config.json").read_text())
+    record["settings"] = {name: record["settings"][name] for name in old}
+    Path("old/config.json").write_text(json.dumps(record))
+    last = torch.load("old/last.pt")
+    last["training"] = record["settings"]
+    last["model"] = {name: last["model"][name] for name in ("num_classes", "groups", "dropout")}
+    del last["preprocessing"]["enlarged_size"]
+    del last["optimizer"]["param_groups"][0]["lr_factor"]
+    torch.save(last, "old/last.pt")
+    for folder in ("whole", "old"):
+        assert tiny("--resume", folder, "--epochs", 2) == 0
+    assert rows("old") == rows("whole")
+    assert len(rows("old")) == 2
 
 
 def test_training_overfits_32_images(tmp_path):
@@ -137,9 +263,9 @@ def test_run_checkpoint_and_evaluation_agree(trained_run):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(tiny, optimizer, monkeypatch):
-    options = ("--epochs", 2, "--optimizer", optimizer, "--seed", 3)
+@pytest.mark.parametrize("kind", ["--optimizer adam", "--recipe paper"])
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(tiny, kind, monkeypatch):
+    options = (*kind.split(), "--epochs", 2, "--seed", 3)
     assert tiny(*options, "--output-dir", "whole") == 0
     step = train.train_step
 
@@ -228,6 +354,19 @@ def test_weights_gone_wrong_are_not_saved(tiny, monkeypatch, capsys):
 
 BAD_COMMANDS = [
     ("--dataset imagenet", "imagenet"),
+    ("--recipe future", "future"),
+    ("--recipe paper --optimizer adam", "--recipe paper is for --optimizer sgd"),
+    ("--init 2013", "2013"),
+    ("--input raw", "raw"),
+    ("--augmentation all", "all"),
+    ("--schedule step", "step"),
+    ("--groups 3", "3"),
+    ("--norm batch", "batch"),
+    ("--dropout 1", "--dropout"),
+    ("--bias-lr-factor -1", "--bias-lr-factor"),
+    ("--bias-decay-factor nan", "--bias-decay-factor"),
+    ("--train-images 15", "--train-images 15 is not a multiple of 10"),
+    ("--train-images 50", "--train-images 50 is not a multiple of 10 from 10 to 40"),
     ("--optimizer lion", "lion"),
     ("--precision fp8", "fp8"),
     ("--epochs 0", "0 is not a"),
@@ -350,8 +489,9 @@ def test_readme_has_every_option_with_its_default():
     table = {name: re.findall(r"\d[\d.]*(?:e-\d+)?", default) for name, default in rows}
     options = {text for action in train.make_parser()._actions for text in action.option_strings}
     assert set(table) == options - {"-h", "--help"}
-    for dataset_name, optimizer in train.RECIPES:
-        config = train.new_config({"dataset": dataset_name, "optimizer": optimizer})
+    for recipe, dataset_name, optimizer in train.RECIPES:
+        given = {"recipe": recipe, "dataset": dataset_name, "optimizer": optimizer}
+        config = train.new_config(given)
         for name, value in config.items():
             if isinstance(value, int | float):
                 assert value in map(float, table[train.as_option(name)]), name
