@@ -71,3 +71,72 @@ def confusion_matrix(matrix: np.ndarray, classes: list[str], title: str) -> Figu
     axes.set_title(title)
     figure.colorbar(image, label="% of the true class", shrink=0.8)
     return figure
+
+
+def ablation(ideas: list[dict], title: str) -> Figure:
+    """What each idea adds to the validation accuracy: every seed, mean and standard deviation.
+
+    Args:
+        ideas: for each its name (idea), what the paper says of it (claim), the accuracy with it
+            minus that without it in percentage points for each seed (differences), and the number
+            of seeds without a difference, because a run diverged (diverged).
+        title: the setting.
+    """
+    figure = Figure(figsize=(9, 1.6 + 0.62 * len(ideas)), layout="constrained")
+    axes, notes = figure.subplots(1, 2, width_ratios=(5, 3), sharey=True)
+    labels = []
+    for place, idea in enumerate(ideas):
+        values = np.array(idea["differences"])
+        axes.plot(values, np.full(len(values), place + 0.2), "o", color=BLUE, alpha=0.6)
+        label = idea["idea"]
+        if len(values):
+            mean, deviation = values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
+            axes.errorbar(mean, place - 0.15, xerr=deviation, fmt="D", color=ORANGE, capsize=4)
+            label += f"\n{mean:+.1f}" + (f" ± {deviation:.1f}" if len(values) > 1 else "")
+        if idea["diverged"]:
+            label += f"\n{idea['diverged']} of {len(values) + idea['diverged']} diverged"
+        labels.append(label)
+        notes.text(0, place, idea["claim"], va="center", fontsize=9)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(ideas)), labels)
+    axes.set_ylim(len(ideas) - 0.5, -0.5)
+    axes.set_xlabel("validation accuracy with the idea minus without it (points)")
+    axes.grid(axis="x", alpha=0.3)
+    axes.plot([], [], "o", color=BLUE, alpha=0.6, label="one seed")
+    axes.errorbar([], [], xerr=[], fmt="D", color=ORANGE, label="mean ± standard deviation")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    notes.set_title("the paper says", loc="left", fontsize=10)
+    notes.axis("off")
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def training_errors(curves: dict[str, list[list[float]]], title: str) -> Figure:
+    """Fig. 1 of the paper: the training error by epoch, each seed thin, their mean thick.
+
+    Args:
+        curves: for each kind of network the training errors (0..1) of each seed, epoch by epoch;
+            at most two kinds, the paper's solid and dashed line.
+        title: the setting.
+    """
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    styles = ((BLUE, "-"), (ORANGE, "--"))
+    for (name, runs), (colour, line) in zip(curves.items(), styles, strict=False):
+        for run in runs:
+            axes.plot(
+                range(1, len(run) + 1), 100 * np.array(run), color=colour, linewidth=0.8, alpha=0.5
+            )
+        shortest = min(map(len, runs))
+        mean = 100 * np.mean([run[:shortest] for run in runs], axis=0)
+        epochs = range(1, shortest + 1)
+        axes.plot(epochs, mean, line, color=colour, marker="o", markersize=4, label=name)
+    axes.axhline(25, color="black", linestyle=":", linewidth=1, label="25 %, as in Fig. 1")
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("training error (%), dropout and augmentation on")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.set_title(title, fontsize=9)
+    return figure

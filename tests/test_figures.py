@@ -32,3 +32,30 @@ def test_confusion_matrix_shows_percentages():
 def test_figures_are_written_as_png(tmp_path):
     figures.save_figure(figures.learning_curves(HISTORY[:1], "a run"), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+IDEAS = [
+    {"idea": "this", "claim": "helps", "differences": [2.0, 4.0], "diverged": 0},
+    {"idea": "that", "claim": "helps too", "differences": [], "diverged": 2},
+]
+
+
+def test_ablation_shows_every_seed_the_mean_and_the_claims():
+    axes, notes = figures.ablation(IDEAS, "a setting").axes
+    seeds, mean = axes.lines[0], axes.containers[0]
+    assert list(seeds.get_xdata()) == [2, 4]
+    assert list(mean.lines[0].get_xdata()) == [3]
+    [[(low, _), (high, _)]] = mean.lines[2][0].get_segments()
+    assert (low, high) == (3 - 2**0.5, 3 + 2**0.5)  # the deviation of 2 and 4 is sqrt(2)
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["this\n+3.0 ± 1.4", "that\n2 of 2 diverged"]
+    assert [text.get_text() for text in notes.texts] == ["helps", "helps too"]
+
+
+def test_training_errors_draw_every_seed_and_their_mean():
+    curves = {"ReLU": [[0.5, 0.2], [0.7, 0.4]], "tanh": [[0.8, 0.6, 0.5]]}
+    [axes] = figures.training_errors(curves, "a setting").axes
+    drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+    np.testing.assert_allclose(drawn["ReLU"], [60, 30])
+    np.testing.assert_allclose(drawn["tanh"], [80, 60, 50])
+    assert [list(line.get_xdata()) for line in axes.lines[:3]] == [[1, 2]] * 3

@@ -1,0 +1,322 @@
+"""Puts the paper's ideas to the test: python ablate.py --seeds 3 --epochs 20
+
+Trains the base and, for each idea, the same network or training without that idea, with several
+seeds. The same command goes on where it was stopped. The folder then has ablation.csv (a row per
+run), epochs.csv (a row per epoch of each run), ablation.png, relu-and-tanh.png (the paper's Fig. 1)
+and a folder for each run, without its checkpoints, which would be 700 MB each.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import figures
+import train
+from dataset import DATASETS, DEFAULT_DATA_DIR
+from utils import (
+    OneLineParser,
+    StopRequest,
+    UserError,
+    atomic_write,
+    keep_freed_memory,
+    positive_int,
+    run_script,
+)
+
+
+class Switch(NamedTuple):
+    """An idea of the paper: the settings that take it away, its name, and the paper's claim."""
+
+    settings: dict
+    idea: str
+    claim: str
+
+
+BASE = "base"
+SWITCHES = {
+    "tanh": Switch(
+        {"activation": "tanh"},
+        "ReLU, not tanh",
+        "§3.1, Fig. 1: six times fewer epochs to\n25 % training error (CIFAR-10)",
+    ),
+    "no-norm": Switch(
+        {"norm": "none"},
+        "LRN, not none",
+        "§3.3: test error 11 % instead of 13 %\n(CIFAR-10, four layers)",
+    ),
+    "norm-as-printed": Switch(
+        {"norm": "lrn-as-printed"},
+        "LRN: alpha / n, not alpha",
+        "§3.3 prints alpha;\nthe 2012 source divides by n",
+    ),
+    "non-overlapping-pooling": Switch(
+        {"pooling": "non-overlapping"},
+        "overlapping pooling, not 2x2",
+        "§3.4: 0.4 points less error (ImageNet)",
+    ),
+    "no-dropout": Switch(
+        {"dropout": 0.0},
+        "dropout, not none",
+        "§4.2: against substantial overfitting;\ntwice the steps to converge",
+    ),
+    "no-augmentation": Switch(
+        {"augmentation": "none"},
+        "augmentation, not none",
+        "§4.1: against substantial overfitting",
+    ),
+    "two-groups": Switch(
+        {"groups": 2},
+        "one tower, not two",
+        "§3.2: two, for two GPUs of 3 GB;\nthis comparison was not made",
+    ),
+}
+RESULTS = (
+    "switch",
+    "seed",
+    "recipe",
+    "dataset",
+    "train_images",
+    "epochs",
+    "outcome",
+    "val_accuracy",
+    "val_loss",
+    "train_error",
+    "seconds",
+)
+EPOCHS = ("switch", "seed", "epoch", "train_error", "val_accuracy")
+DIVERGED = "diverged.txt"  # in a run's folder: why it was given up
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------
+
+
+def run_settings(args: argparse.Namespace, name: str, seed: int) -> dict:
+    """The options of train.py for one run."""
+    settings = {
+        "recipe": args.recipe,
+        "dataset": args.dataset,
+        "data_dir": args.data_dir,
+        "epochs": args.epochs,
+        "seed": seed,
+    }
+    if args.train_images:
+        settings["train_images"] = args.train_images
+    return settings if name == BASE else {**settings, **SWITCHES[name].settings}
+
+
+def train_run(run_dir: Path, settings: dict, stop: StopRequest) -> None:
+    """Trains one run, or goes on with it, unless it is over; a divergence is noted, not raised."""
+    if not outcome(run_dir, settings["epochs"]):
+        known = (run_dir / "config.json").exists()
+        run = train.prepare({**settings, "resume" if known else "output_dir": run_dir})
+        try:
+            train.train(run, stop)
+        except train.DivergedError as error:
+            print(error, flush=True)
+            with atomic_write(run_dir / DIVERGED) as temporary:
+                temporary.write_text(f"{error}\n")
+    if outcome(run_dir, settings["epochs"]):
+        for checkpoint in ("last.pt", "best.pt"):
+            (run_dir / checkpoint).unlink(missing_ok=True)
+
+
+def outcome(run_dir: Path, epochs: int) -> str:
+    """How the run ended: "finished" or "diverged"; "" if it is not over."""
+    if (run_dir / DIVERGED).exists():
+        return "diverged"
+    return "finished" if len(read_csv(run_dir / "metrics.csv")) == epochs else ""
+
+
+def read_csv(path: Path) -> list[dict]:
+    """The rows of a CSV file, none if it is not there."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def claim_folder(folder: Path, settings: dict) -> None:
+    """Makes the folder and notes what its runs have in common.
+
+    Raises UserError if it holds something else, or if it cannot be made.
+    """
+    path, text = folder / "ablation.json", json.dumps(settings, indent=1) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+    found = {entry.name for entry in folder.iterdir()}
+    if found and path.name not in found:
+        raise UserError(f"--output-dir {folder} is not empty; name another folder")
+    if len(found) > 1 and path.read_text() != text:
+        raise UserError(
+            f"--output-dir {folder} holds an ablation with other settings ({path}); "
+            "repeat those or name another folder"
+        )
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+
+
+# ---------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------
+
+
+def collect(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """A row for each run that is over, and one for each of their epochs."""
+    results, epochs = [], []
+    for name in (BASE, *SWITCHES):
+        for seed in range(args.seeds):
+            run_dir = args.output_dir / f"{name}-{seed}"
+            state = outcome(run_dir, args.epochs)
+            if not state:
+                continue
+            history = [
+                {
+                    "switch": name,
+                    "seed": seed,
+                    "epoch": int(row["epoch"]),
+                    "train_error": round(1 - float(row["train_accuracy"]), 6),
+                    "val_accuracy": float(row["val_accuracy"]),
+                    "val_loss": float(row["val_loss"]),
+                }
+                for row in read_csv(run_dir / "metrics.csv")
+            ]
+            epochs += history
+            last = history[-1] if state == "finished" else {}
+            seconds = sum(float(row["seconds"]) for row in read_csv(run_dir / "timing.csv"))
+            about = {
+                "switch": name,
+                "seed": seed,
+                "recipe": args.recipe,
+                "dataset": args.dataset,
+                "train_images": args.train_images or "all",
+                "epochs": args.epochs,
+                "outcome": state,
+                "seconds": round(seconds, 1),
+            }
+            results.append({**last, **about})
+    return results, epochs
+
+
+def report(args: argparse.Namespace) -> None:
+    """Writes the tables and pictures of all runs that are over."""
+    results, epochs = collect(args)
+    for name, columns, rows in (
+        ("ablation.csv", RESULTS, results),
+        ("epochs.csv", EPOCHS, epochs),
+    ):
+        with (
+            atomic_write(args.output_dir / name) as temporary,
+            open(temporary, "w", newline="") as file,
+        ):
+            writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    ideas = compare(results)
+    if ideas:
+        figure = figures.ablation(ideas, setting(args))
+        figures.save_figure(figure, args.output_dir / "ablation.png")
+    errors = {
+        label: error_curves(epochs, name)
+        for label, name in (("ReLU", BASE), ("tanh", "tanh"))
+        if error_curves(epochs, name)
+    }
+    if errors:
+        figure = figures.training_errors(errors, setting(args))
+        figures.save_figure(figure, args.output_dir / "relu-and-tanh.png")
+
+
+def compare(results: list[dict]) -> list[dict]:
+    """For each idea what figures.ablation() draws: with the idea minus without it, by seed."""
+    accuracy = {
+        (row["switch"], row["seed"]): row["val_accuracy"]
+        for row in results
+        if row["outcome"] == "finished"
+    }
+    ideas = []
+    for name, switch in SWITCHES.items():
+        seeds = [row["seed"] for row in results if row["switch"] == name]
+        pairs = [(accuracy.get((BASE, seed)), accuracy.get((name, seed))) for seed in seeds]
+        differences = [100 * (base - other) for base, other in pairs if None not in (base, other)]
+        if seeds:
+            ideas.append(
+                {
+                    "idea": switch.idea,
+                    "claim": switch.claim,
+                    "differences": differences,
+                    "diverged": len(seeds) - len(differences),
+                }
+            )
+    return ideas
+
+
+def error_curves(epochs: list[dict], name: str) -> list[list[float]]:
+    """For each seed of a switch the training error (0..1) of each epoch."""
+    seeds = sorted({row["seed"] for row in epochs if row["switch"] == name})
+    return [
+        [row["train_error"] for row in epochs if (row["switch"], row["seed"]) == (name, seed)]
+        for seed in seeds
+    ]
+
+
+def setting(args: argparse.Namespace) -> str:
+    """For titles: what the runs have in common, and whether that is less than a full training."""
+    recipe = train.RECIPES[args.recipe, args.dataset, "sgd"]
+    images = f"{args.train_images:,}" if args.train_images else "all"
+    reduced = args.train_images or args.epochs < recipe["epochs"]
+    name = train.run_name(train.new_config({"recipe": args.recipe, "dataset": args.dataset}))
+    return (
+        f"{name}, {'reduced setting: ' if reduced else ''}{images} training images, "
+        f"epochs: {args.epochs}, seeds: {args.seeds}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = OneLineParser(
+        description="Train the base and each of its switches, and compare them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--seeds", type=positive_int, default=3, help="runs of each: seeds 0, 1, ...")
+    add("--epochs", type=positive_int, default=20, help="of each run")
+    add("--train-images", type=positive_int, metavar="N", help="use so many, else all")
+    add("--recipe", choices=("modern", "paper"), default="paper", help="the base")
+    add("--dataset", choices=DATASETS, default="cifar10", help="what to train on")
+    add("--data-dir", default=DEFAULT_DATA_DIR, help="where CIFAR-10 is or goes")
+    add("--output-dir", type=Path, default=Path("runs/ablation"), help="for all results")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
+    keep_freed_memory()
+    common = {name: getattr(args, name) for name in ("recipe", "dataset", "epochs", "train_images")}
+    claim_folder(args.output_dir, common)
+    stop = StopRequest()
+    # Seed by seed, so that a comparison of everything comes early.
+    runs = [(name, seed) for seed in range(args.seeds) for name in (BASE, *SWITCHES)]
+    for number, (name, seed) in enumerate(runs, 1):
+        print(f"run {number} of {len(runs)}: {name}, seed {seed}", flush=True)
+        train_run(args.output_dir / f"{name}-{seed}", run_settings(args, name, seed), stop)
+        if stop.signal:
+            print("stopped; the same command goes on from here")
+            return 128 + stop.signal
+        report(args)
+    print(
+        f"wrote ablation.csv, epochs.csv, ablation.png and relu-and-tanh.png in {args.output_dir}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

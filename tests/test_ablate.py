@@ -1,0 +1,144 @@
+import csv
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+import ablate
+import dataset
+import train
+from utils import run_script
+
+
+@pytest.fixture
+def ablation(monkeypatch, tmp_path):
+    """Runs ablate.py in this process on 10 images, with one switch; returns the exit code."""
+    monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", {"train": 2, "val": 1, "test": 1})
+    switches = {"tanh": ablate.SWITCHES["tanh"]}
+    monkeypatch.setattr(ablate, "SWITCHES", switches)
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments):
+        command = ["ablate.py", "--dataset", "shapes", "--output-dir", "out", "--train-images", 10]
+        monkeypatch.setattr(sys, "argv", [*map(str, command), *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            run_script(ablate.main)
+        return stopped.value.code
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_ablation_from_the_runs_to_the_tables(ablation, monkeypatch, capsys):
+    """Stopped in the second run; the same command goes on, and a third time trains nothing."""
+    step = train.train_step
+
+    def terminate_in_second_run(run, images, labels):
+        if run.config["activation"] == "tanh":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, images, labels)
+
+    options = ("--seeds", 1, "--epochs", 2)
+    monkeypatch.setattr(train, "train_step", terminate_in_second_run)
+    assert ablation(*options) == 128 + signal.SIGTERM
+    assert [row["switch"] for row in rows("out/ablation.csv")] == ["base"]
+    before = Path("out/base-0/metrics.csv").stat().st_mtime_ns
+    monkeypatch.setattr(train, "train_step", step)
+    assert ablation(*options) == 0
+    assert Path("out/base-0/metrics.csv").stat().st_mtime_ns == before
+
+    results = rows("out/ablation.csv")
+    assert [row["switch"] for row in results] == ["base", "tanh"]
+    for row in results:
+        metrics = rows(f"out/{row['switch']}-0/metrics.csv")
+        assert [len(metrics), row["outcome"], row["train_images"]] == [2, "finished", "10"]
+        assert float(row["val_accuracy"]) == float(metrics[-1]["val_accuracy"])
+        assert float(row["val_loss"]) == float(metrics[-1]["val_loss"])
+        error = 1 - float(metrics[-1]["train_accuracy"])
+        assert float(row["train_error"]) == pytest.approx(error, abs=1e-6)
+        epochs = [r for r in rows("out/epochs.csv") if r["switch"] == row["switch"]]
+        assert [float(r["val_accuracy"]) for r in epochs] == [
+            float(r["val_accuracy"]) for r in metrics
+        ]
+    for name in ("ablation.png", "relu-and-tanh.png"):
+        assert Path("out", name).read_bytes().startswith(b"\x89PNG")
+    assert not list(Path("out").rglob("*.pt"))
+
+    monkeypatch.setattr(train, "train", None)  # a run now would fail
+    assert ablation(*options) == 0
+    assert rows("out/ablation.csv") == results
+    assert ablation("--seeds", 1, "--epochs", 3) == 2
+    assert "holds an ablation with other settings" in capsys.readouterr().err
+
+
+def test_diverged_run_is_a_result(ablation, monkeypatch):
+    step = train.train_step
+
+    def diverge_with_tanh(run, images, labels):
+        loss, correct = step(run, images, labels)
+        return (loss * float("nan") if run.config["activation"] == "tanh" else loss), correct
+
+    monkeypatch.setattr(train, "train_step", diverge_with_tanh)
+    assert ablation("--seeds", 1, "--epochs", 1) == 0
+    base, diverged = rows("out/ablation.csv")
+    assert (base["outcome"], diverged["outcome"]) == ("finished", "diverged")
+    assert diverged["val_accuracy"] == ""
+    assert "the loss became nan" in Path("out/tanh-0/diverged.txt").read_text()
+
+
+def test_differences_are_paired_by_seed():
+    """By hand; positive where the paper's idea helps, and only where both runs finished."""
+    accuracies = {
+        ("base", 0): 0.5,
+        ("base", 1): 0.6,
+        ("base", 2): 0.7,
+        ("tanh", 0): 0.4,
+        ("tanh", 1): 0.65,
+    }
+    results = [
+        {"switch": name, "seed": seed, "outcome": "finished", "val_accuracy": accuracy}
+        for (name, seed), accuracy in accuracies.items()
+    ]
+    results.append({"switch": "tanh", "seed": 2, "outcome": "diverged"})
+    [idea] = ablate.compare(results)
+    assert idea["idea"] == "ReLU, not tanh"
+    assert idea["differences"] == pytest.approx([10, -5])
+    assert idea["diverged"] == 1
+
+
+@pytest.mark.parametrize("name", ablate.SWITCHES)
+@pytest.mark.parametrize("recipe", ["modern", "paper"])
+def test_each_switch_changes_a_setting_of_the_base(name, recipe):
+    base = train.new_config({"recipe": recipe})
+    settings = ablate.SWITCHES[name].settings
+    [(option, value)] = settings.items()
+    assert base[option] != value
+    train.make_parser().parse_args(train.as_command_line(settings))  # an option of train.py
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--seeds 0", "--seeds"),
+        ("--recipe both", "--recipe"),
+        ("--train-images 25", "--train-images 25"),
+        ("--output-dir taken", "taken is not empty"),
+    ],
+)
+def test_bad_command_is_one_line(ablation, capsys, options, named):
+    Path("taken").mkdir()
+    Path("taken/file").write_text("mine")
+    assert ablation("--epochs", 1, *options.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ablate.py: error: ")
+    assert error.count("\n") == 1
+    assert named in error
