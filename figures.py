@@ -140,3 +140,74 @@ def training_errors(curves: dict[str, list[list[float]]], title: str) -> Figure:
     axes.legend(frameon=False)
     axes.set_title(title, fontsize=9)
     return figure
+
+
+def speed(rows: list[dict], title: str) -> Figure:
+    """How many times as fast as the textbook script, at the largest batch size measured.
+
+    Args:
+        rows: what benchmark.py measured: part, name, side, precision, batch_size,
+            images_per_second and times_the_textbook, the last two as [median, lowest, highest].
+        title: the hardware.
+    """
+    batch_size = max(row["batch_size"] for row in rows)
+    rows = [row for row in rows if row["batch_size"] == batch_size]
+    textbook = {row["part"]: row["images_per_second"][0] for row in rows if row["side"] != "here"}
+    ours = [row for row in rows if row["side"] == "here"]
+    figure = Figure(figsize=(9, 1.4 + 0.42 * len(ours)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(ours):
+        median, low, high = row["times_the_textbook"]
+        colour = BLUE if row["precision"] == "fp32" else ORANGE
+        error = [[median - low], [high - median]]
+        axes.barh(place, median, color=colour, xerr=error, capsize=3, alpha=0.85)
+        rates = f"{row['images_per_second'][0]:,.4g}, not {textbook[row['part']]:,.4g} images/s"
+        axes.annotate(
+            f"{median:.1f} times: {rates}",
+            (high, place),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    names = [
+        row["name"] if "pipe" in row["part"] else f"{row['name']}, {row['precision']}"
+        for row in ours
+    ]
+    axes.set_yticks(range(len(ours)), names)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlim(0, 1.7 * max(row["times_the_textbook"][2] for row in ours))
+    axes.set_xlabel(
+        "times as fast as the textbook script; whiskers: the slowest and the fastest round"
+    )
+    axes.set_title(f"Batch {batch_size}, {title}", fontsize=10)
+    return figure
+
+
+def growth(rows: list[dict], title: str) -> Figure:
+    """Images per second and peak memory of a training step by batch size.
+
+    Args:
+        rows: batch_size, seconds per step and peak_memory_mib, as benchmark.py measured them.
+        title: the hardware.
+    """
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    rate_axes, memory_axes = figure.subplots(1, 2)
+    sizes = [row["batch_size"] for row in rows]
+    rate = [row["batch_size"] / row["seconds"] for row in rows]
+    memory = [row["peak_memory_mib"] / 1024 for row in rows]
+    for axes, values, label in (
+        (rate_axes, rate, "training step (images/s)"),
+        (memory_axes, memory, "peak memory (GiB)"),
+    ):
+        axes.plot(sizes, values, color=BLUE, marker="o", markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, sizes)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("batch size")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=10)
+    return figure

@@ -40,9 +40,11 @@ from utils import (
     UserError,
     atomic_write,
     autocast,
+    compiled,
     device_name,
     environment,
     fraction,
+    is_compiler_error,
     keep_freed_memory,
     non_negative_float,
     non_negative_int,
@@ -105,6 +107,7 @@ DEFAULTS = {
     "seed": 0,
     "device": "auto",
     "precision": "auto",
+    "compile": False,
     "save_every": 3.0,
 }
 WARM_UP = 0.05  # of all steps
@@ -114,7 +117,7 @@ DIVISIONS = 3  # paper §5: the learning rate was "reduced three times prior to 
 METRICS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 TIMING = ("epoch", "seconds", "images_per_second", "peak_memory_mib")
 # Settings that --resume may change; any other would make it another experiment.
-CHANGEABLE = ("epochs", "data_dir", "device", "save_every")
+CHANGEABLE = ("epochs", "data_dir", "device", "compile", "save_every")
 
 
 def learning_rate(step: int, total_steps: int, peak: float) -> float:
@@ -222,6 +225,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
     add("--precision", choices=("auto", "fp32", "bf16"), help="default: auto")
+    add("--compile", action="store_true", help="let torch.compile fuse the network; for GPUs")
     add("--save-every", type=positive_float, metavar="MINUTES", help="save that often; default: 3")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output-dir", type=Path, help="default: a new one in runs")
@@ -313,7 +317,11 @@ def as_option(name: str) -> str:
 
 
 def as_command_line(settings: dict) -> list[str]:
-    return [f"{as_option(name)}={value}" for name, value in settings.items()]
+    return [
+        as_option(name) if value is True else f"{as_option(name)}={value}"
+        for name, value in settings.items()
+        if value is not False
+    ]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -339,6 +347,7 @@ class Run:
         self.total_steps = self.steps_per_epoch * config["epochs"]
         self.network = make_network(config, len(self.classes))
         self.network.to(device, memory_format=torch.channels_last)
+        self.compiled = compiled(self.network, device) if config["compile"] else self.network
         self.optimizer = make_optimizer(self.network, config)
 
         self.epoch = 0  # epochs finished
@@ -489,8 +498,10 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
         group["lr"] = rate * group.get("lr_factor", 1.0)
     # Dropout depends on seed and step alone, so that a resumed run draws what it would have drawn.
     torch.manual_seed(mix_seeds(run.config["seed"], global_step))
+    # The epoch's last, smaller batch would be compiled anew.
+    network = run.compiled if len(images) == run.config["batch_size"] else run.network
     with autocast(run.device, run.config["precision"]):
-        logits = run.network(images)
+        logits = network(images)
         loss = F.cross_entropy(logits, labels)
     loss.backward()
     run.optimizer.step()
@@ -744,6 +755,11 @@ def main() -> int:
     stop = StopRequest()
     try:
         train(run, stop)
+    except RuntimeError as error:
+        if not is_compiler_error(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--compile does not work here ({reason}); leave it out") from None
     finally:
         run.save_best()  # whatever ended the run
     if stop.signal:

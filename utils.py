@@ -177,6 +177,17 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def compiled(network: torch.nn.Module, device: torch.device):
+    """The network fused by torch.compile; on a GPU replayed as CUDA graphs, at one batch size."""
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    return torch.compile(network, dynamic=False, mode=mode)
+
+
+def is_compiler_error(error: RuntimeError) -> bool:
+    """Whether torch.compile failed, for want of a C++ compiler for example."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
 def keep_freed_memory() -> None:
     """Lets the process reuse the memory of freed tensors; call it before the first tensor.
 

@@ -1,0 +1,629 @@
+"""Measures this project beside the textbook script: python benchmark.py [--json FILE]
+
+The textbook script is what most repositories of this kind run: a DataLoader that resizes image by
+image with Pillow, torch.nn.LocalResponseNorm, float32, NCHW, and a loss read at every step. Each
+side runs in a process of its own, with its own settings and its own peak memory, and the sides take
+turns, so that whatever else the machine does meets them alike. Images are random: their values do
+not change the work.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from tqdm import tqdm
+
+import figures
+from dataset import Augmentation, Dataset, Preprocessing, Split, training_batches
+from model import IMAGE_SIZE, AlexNet, LocalResponseNorm
+from train import Run, new_config, train_step
+from utils import (
+    OneLineParser,
+    UserError,
+    atomic_write,
+    autocast,
+    compiled,
+    environment,
+    keep_freed_memory,
+    peak_memory_mib,
+    positive_int,
+    run_script,
+    select_device,
+    select_precision,
+)
+
+PARTS = {
+    "pipeline": "data pipeline",
+    "pipeline-1-core": "data pipeline, one core",
+    "lrn": "LRN forward + backward",
+    "step": "training step",
+    "inference": "inference",
+    "loop": "training loop, data included",
+}
+WHOLE_EPOCHS = ("pipeline", "pipeline-1-core", "loop")  # a turn is an epoch, not a batch
+ALL_PARTS = [*PARTS, "operations", "growth"]
+GROWTH_BATCH_SIZES = [2**i for i in range(11)]
+SECONDS_PER_TURN = 0.3  # short calls are repeated that long
+PROFILED_STEPS = 4
+OPERATIONS_SHOWN = 15
+MEAN, STD = [125.3, 123.0, 113.9], [63.0, 62.1, 66.7]  # of CIFAR-10, in 0..255
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one process measures.
+
+    side is "textbook", "here", "compiled" (this project with --compile) or "product" (the machine's
+    matrix-multiply peak); images is how many a call handles.
+    """
+
+    part: str
+    side: str
+    precision: str
+    batch_size: int
+    images: int
+    device: str
+    workers: int
+
+
+# ---------------------------------------------------------------------------------------------
+# The textbook script
+# ---------------------------------------------------------------------------------------------
+
+
+def textbook_network() -> nn.Sequential:
+    """AlexNet as it is usually written down, from torch's own layers."""
+    return nn.Sequential(
+        nn.Conv2d(3, 96, 11, stride=4),
+        nn.ReLU(),
+        nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0),
+        nn.MaxPool2d(3, stride=2),
+        nn.Conv2d(96, 256, 5, padding=2),
+        nn.ReLU(),
+        nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0),
+        nn.MaxPool2d(3, stride=2),
+        nn.Conv2d(256, 384, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(384, 384, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(384, 256, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(3, stride=2),
+        nn.Flatten(),
+        nn.Linear(9216, 4096),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(4096, 4096),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(4096, 10),
+    )
+
+
+class TextbookDataset(torch.utils.data.Dataset):
+    """Pictures that are resized one by one, as torchvision.datasets.CIFAR10 gives them."""
+
+    def __init__(self, split: Split):
+        self.images = split.images.permute(0, 2, 3, 1).numpy()
+        self.labels = split.labels.tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize(IMAGE_SIZE),
+                transforms.ToTensor(),
+                transforms.Normalize([m / 255 for m in MEAN], [s / 255 for s in STD]),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def textbook_step(device: torch.device) -> Callable[[Tensor, Tensor], None]:
+    network = textbook_network().to(device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.001, momentum=0.9)
+    criterion = nn.CrossEntropyLoss()
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad()
+        logits = network(images)
+        loss = criterion(logits, labels)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        (logits.argmax(1) == labels).sum().item()
+
+    return step
+
+
+def textbook_call(case: Case, device: torch.device) -> Callable[[], None]:
+    """What a turn of the textbook script calls."""
+    if case.part == "lrn":
+        return lrn_call(case, nn.LocalResponseNorm(5, 1e-4, 0.75, 2.0), torch.contiguous_format)
+    if case.part == "step":
+        step = textbook_step(device)
+        images, labels = random_batch(case, device)
+        return lambda: step(images, labels)
+    if case.part == "inference":
+        network = textbook_network().to(device).eval()
+        images, _ = random_batch(case, device)
+        return torch.no_grad()(lambda: network(images))
+
+    loader = DataLoader(
+        TextbookDataset(random_split(case.images)),
+        case.batch_size,
+        shuffle=True,
+        num_workers=case.workers,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+    )
+    step = textbook_step(device) if case.part == "loop" else lambda images, labels: None
+
+    def epoch() -> None:
+        for images, labels in loader:
+            step(images.to(device), labels.to(device))
+
+    return epoch
+
+
+# ---------------------------------------------------------------------------------------------
+# This project
+# ---------------------------------------------------------------------------------------------
+
+
+def our_call(case: Case, device: torch.device) -> Callable[[], None]:
+    """What a turn of this project calls."""
+    if case.part == "lrn":
+        return lrn_call(case, LocalResponseNorm(), torch.channels_last)
+    if case.part == "inference":
+        return our_inference(case, device)
+    if case.part == "step":
+        run = our_run(case, device)
+        images, labels = random_batch(case, device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        return lambda: train_step(run, images, labels)
+
+    split = random_split(case.images).to(device)
+    run = our_run(case, device) if case.part == "loop" else None
+
+    def epoch() -> None:
+        batches = training_batches(
+            split, Preprocessing(MEAN, STD), Augmentation(), case.batch_size, 0, 0
+        )
+        for images, labels in batches:
+            if run:
+                train_step(run, images, labels)
+
+    return epoch
+
+
+def our_inference(case: Case, device: torch.device) -> Callable[[], Tensor]:
+    network = AlexNet().to(device, memory_format=torch.channels_last).eval()
+    if case.side == "compiled":
+        network = compiled(network, device)
+    images, _ = random_batch(case, device)
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def infer() -> Tensor:
+        with autocast(device, case.precision):
+            return network(images)
+
+    return infer
+
+
+def our_run(case: Case, device: torch.device) -> Run:
+    """A training run as train.py makes it, which no step of the benchmark writes to."""
+    split = random_split(case.batch_size)
+    dataset = Dataset([str(i) for i in range(10)], split, split, split)
+    given = {
+        "precision": case.precision,
+        "batch_size": case.batch_size,
+        "compile": case.side == "compiled",
+    }
+    return Run(Path("unused"), new_config(given), dataset, device)
+
+
+# ---------------------------------------------------------------------------------------------
+# Both
+# ---------------------------------------------------------------------------------------------
+
+
+def random_split(n: int) -> Split:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return Split(images, torch.arange(n) % 10)
+
+
+def random_batch(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
+    images = torch.randn(case.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+    return images, torch.arange(case.batch_size, device=device) % 10
+
+
+def lrn_call(case: Case, norm: nn.Module, memory_format: torch.memory_format):
+    """Both normalisations of the network, forward and backward."""
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    pairs = []
+    for shape in ((96, 55, 55), (256, 27, 27)):
+        a = torch.randn(case.batch_size, *shape, device=case.device, dtype=dtype).relu()
+        a = a.contiguous(memory_format=memory_format).requires_grad_()
+        pairs.append((a, torch.randn_like(a)))
+
+    def call() -> None:
+        for a, grad in pairs:
+            torch.autograd.grad(norm(a), a, grad)
+
+    return call
+
+
+def product_call(case: Case, device: torch.device) -> tuple[Callable[[], Tensor], int]:
+    """The fastest of some square matrix products, and its operations.
+
+    As a product and as a 1x1 convolution, because torch computes them with different libraries.
+    """
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    candidates = []
+    for n in (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192):
+        a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+        image = a.view(1, n, n // 32, 32).contiguous(memory_format=torch.channels_last)
+        filters = b.view(n, n, 1, 1)
+        candidates.append((lambda a=a, b=b: a @ b, 2 * n**3))
+        candidates.append((lambda x=image, w=filters: F.conv2d(x, w), 2 * n**3))
+
+    def speed(candidate) -> float:
+        call, operations = candidate
+        return operations / seconds_of(call, repeats_of(call, device), device)
+
+    with torch.no_grad():
+        return max(candidates, key=speed)
+
+
+def seconds_of(call: Callable, repeats: int, device: torch.device) -> float:
+    """Mean duration of a call."""
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronise(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def repeats_of(call: Callable, device: torch.device) -> int:
+    """How many calls make a turn; warms up on the way."""
+    seconds_of(call, 2, device)
+    return math.ceil(SECONDS_PER_TURN / seconds_of(call, 1, device))
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes that take turns
+# ---------------------------------------------------------------------------------------------
+
+
+def work(case: Case, connection) -> None:
+    """The life of a process: prepares the case, then measures a turn whenever it is told to."""
+    if case.side != "textbook":
+        keep_freed_memory()
+    if case.part == "pipeline-1-core":
+        torch.set_num_threads(1)
+    device = torch.device(case.device)
+    operations = None
+    if case.side == "product":
+        call, operations = product_call(case, device)
+    elif case.side == "textbook":
+        call = textbook_call(case, device)
+    else:
+        call = our_call(case, device)
+    repeats = repeats_of(call, device)
+    connection.send(operations)
+    while connection.recv() == "turn":
+        connection.send(seconds_of(call, repeats, device))
+    connection.send(peak_memory_mib(device))
+
+
+class Worker:
+    """A process that measures one case, seen from the outside."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.seconds: list[float] = []
+        context = multiprocessing.get_context("spawn")
+        self.connection, other_end = context.Pipe()
+        # Not a daemon: a textbook side has worker processes of its own.
+        self.process = context.Process(target=work, args=(case, other_end))
+        self.process.start()
+        other_end.close()
+
+    def receive(self):
+        try:
+            return self.connection.recv()
+        except EOFError:
+            raise UserError(f"measuring {self.case} failed; try a smaller batch size") from None
+
+    def turn(self) -> None:
+        self.connection.send("turn")
+        self.seconds.append(self.receive())
+
+    def finish(self) -> int | None:
+        """Ends the process. Returns its peak memory in MiB."""
+        self.connection.send("stop")
+        memory = self.receive()
+        self.process.join()
+        return memory
+
+
+def measure(cases: list[Case], rounds: int) -> list[dict]:
+    """A row for each case but the products, measured in turns."""
+    workers = [Worker(case) for case in cases]
+    operations = [worker.receive() for worker in workers]
+    for _ in range(rounds):
+        for worker in workers:
+            worker.turn()
+    memory = [worker.finish() for worker in workers]
+    peaks = {
+        worker.case.precision: [count / s for s in worker.seconds]
+        for worker, count in zip(workers, operations, strict=True)
+        if count
+    }
+    sides = [
+        (worker, memory_mib)
+        for worker, memory_mib in zip(workers, memory, strict=True)
+        if worker.case.side != "product"
+    ]
+    return [row_of(worker, sides[0][0], memory_mib, peaks) for worker, memory_mib in sides]
+
+
+def row_of(worker: Worker, textbook: Worker, memory: int | None, peaks: dict) -> dict:
+    """Medians over the rounds with the lowest and the highest; ratios are taken round by round."""
+    case = worker.case
+    row = asdict(case) | {
+        "name": PARTS[case.part],
+        "images_per_second": spread(case.images / s for s in worker.seconds),
+        "times_the_textbook": spread(
+            other / own for other, own in zip(textbook.seconds, worker.seconds, strict=True)
+        ),
+        "peak_memory_mib": memory,
+    }
+    if case.precision in peaks:
+        work = case.images * operations_per_image(training=case.part != "inference")
+        peak = peaks[case.precision]
+        row["peak_gflops"] = spread(p / 1e9 for p in peak)
+        row["share_of_peak"] = spread(
+            work / s / p for s, p in zip(worker.seconds, peak, strict=True)
+        )
+    return row
+
+
+def spread(values) -> list[float]:
+    """[median, lowest, highest]"""
+    values = list(values)
+    return [statistics.median(values), min(values), max(values)]
+
+
+def operations_per_image(training: bool) -> int:
+    """Multiplications and additions of the convolutions and fully connected layers."""
+    with torch.device("meta"):
+        network, image = AlexNet(), torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    with FlopCounterMode(display=False) as counter:
+        logits = network(image)
+        if training:
+            logits.sum().backward()
+    return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------
+# What is measured
+# ---------------------------------------------------------------------------------------------
+
+
+def comparison(
+    part: str, batch_size: int, sides: list[tuple[str, str]], device: torch.device, workers: int
+) -> list[Case]:
+    """The cases to measure in turns, the textbook script's first; sides are (side, precision)."""
+    images = batch_size
+    if part in WHOLE_EPOCHS:
+        images *= 40 if device.type == "cuda" else 2 if part == "loop" else 8
+    if part in ("pipeline", "pipeline-1-core"):
+        sides = [("here", "fp32")]
+    elif part not in ("step", "inference"):
+        sides = [side for side in sides if side[0] == "here"]
+    return [
+        Case(
+            part,
+            side,
+            precision,
+            batch_size,
+            images,
+            str(device),
+            1 if part == "pipeline-1-core" else workers,
+        )
+        for side, precision in [("textbook", "fp32"), *sides]
+    ]
+
+
+def sides_of(precision: str, with_compile: bool) -> list[tuple[str, str]]:
+    """(side, precision) of all that a comparison may hold beside the textbook script."""
+    precisions = ["fp32"] if precision == "fp32" else ["fp32", precision]
+    sides = [(side, p) for side in ("here", "product") for p in precisions]
+    return [*sides, ("compiled", precision)] if with_compile else sides
+
+
+def measure_growth(precision: str, device: torch.device) -> list[dict]:
+    """Time and memory of a training step by batch size."""
+    rows = []
+    for batch_size in tqdm(GROWTH_BATCH_SIZES, "batch sizes", leave=False, disable=None):
+        case = Case("step", "here", precision, batch_size, batch_size, str(device), 0)
+        worker = Worker(case)
+        worker.receive()
+        for _ in range(3):
+            worker.turn()
+        memory = worker.finish()
+        seconds = statistics.median(worker.seconds)
+        rows.append({"batch_size": batch_size, "seconds": seconds, "peak_memory_mib": memory})
+    return rows
+
+
+def measure_operations(precision: str, batch_size: int, device: torch.device) -> list[dict]:
+    """Where the time of a training step goes: milliseconds by torch operation, most first."""
+    keep_freed_memory()
+    call = our_call(Case("step", "here", precision, batch_size, batch_size, str(device), 0), device)
+    seconds_of(call, 5, device)
+    with torch.profiler.profile() as profiler:
+        seconds_of(call, PROFILED_STEPS, device)
+    on_device = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    rows = [
+        {
+            "operation": event.key,
+            "milliseconds": getattr(event, on_device) / 1000 / PROFILED_STEPS,
+            "calls": event.count // PROFILED_STEPS,
+        }
+        for event in profiler.key_averages()
+    ]
+    return sorted(rows, key=lambda row: -row["milliseconds"])
+
+
+def print_operations(rows: list[dict], batch_size: int) -> None:
+    total = sum(row["milliseconds"] for row in rows)
+    print(f"\nby operation: {total:,.4g} ms, training step at batch {batch_size} in the profiler")
+    for row in rows[:OPERATIONS_SHOWN]:
+        share = row["milliseconds"] / total
+        print(
+            f"{row['operation']:<46}{row['milliseconds']:>9.2f} ms {share:>6.1%} "
+            f"{row['calls']:>6} calls"
+        )
+
+
+def print_growth(rows: list[dict]) -> None:
+    print("\ntraining step by batch size")
+    for row in rows:
+        print(
+            f"{row['batch_size']:>6}: {row['seconds']:.4g} s, "
+            f"{row['batch_size'] / row['seconds']:,.4g} images/s, {row['peak_memory_mib']:,} MiB"
+        )
+
+
+def print_table(rows: list[dict]) -> None:
+    print(
+        f"{'':<46}{'batch':>6}  {'images/s':<24}{'times the textbook':<22}"
+        f"{'memory':>10}  {'of the peak':<16}"
+    )
+    for row in rows:
+        name = f"{PARTS[row['part']]}: {side_name(row)}"
+        rate, low, high = row["images_per_second"]
+        ratio = row["times_the_textbook"]
+        share = row.get("share_of_peak")
+        memory = f"{row['peak_memory_mib']:,} MiB" if row["peak_memory_mib"] else ""
+        print(
+            f"{name:<46}{row['batch_size']:>6}  "
+            f"{f'{rate:,.4g} ({low:,.4g} to {high:,.4g})':<24}"
+            f"{f'{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})':<22}"
+            f"{memory:>10}  "
+            f"{f'{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})' if share else '':<16}"
+        )
+
+
+def side_name(row: dict) -> str:
+    return row["side"] if row["side"] == "textbook" else f"{row['side']}, {row['precision']}"
+
+
+def augmentation_share(rows: list[dict]) -> str | None:
+    """How much of a training step its batch takes to make, at the largest batch size measured."""
+    batch_size = max(row["batch_size"] for row in rows)
+    ours = [row for row in rows if row["side"] == "here" and row["batch_size"] == batch_size]
+    rates = {row["part"]: row["images_per_second"][0] for row in ours}
+    if "step" not in rates or "pipeline" not in rates:
+        return None
+    shares = {part: rates["step"] / rates[part] for part in rates if part.startswith("pipeline")}
+    words = ", ".join(f"{PARTS[part]} {share:.1%}" for part, share in shares.items())
+    return f"time to make a batch, as a share of the fastest training step at {batch_size}: {words}"
+
+
+# ---------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = OneLineParser(description="Measure this project beside the textbook script.")
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=ALL_PARTS, default=ALL_PARTS, help="default: all")
+    add("--batch-sizes", nargs="+", type=positive_int, default=[32, 128], metavar="N")
+    add("--rounds", type=positive_int, default=7, help="turns of each side; default: 7")
+    add(
+        "--workers",
+        type=positive_int,
+        help="of the textbook's DataLoader; default: 8, or fewer cores",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--compile", action="store_true", help="measure torch.compile's network too")
+    add("--json", type=Path, metavar="FILE", help="write all results to FILE")
+    add("--figure", type=Path, metavar="FILE", help="draw the results as a PNG")
+    add("--growth-figure", type=Path, metavar="FILE", help="draw time and memory by batch size")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = select_device(args.device)
+    precision = select_precision("auto", device)
+    sides = sides_of(precision, args.compile)
+    workers = args.workers or min(8, os.cpu_count() or 1)
+    about = environment(device) | {"workers": workers, "rounds": args.rounds}
+    print(
+        f"torch {about['torch']} on {about['device']}, {workers} workers for the textbook's loader"
+    )
+
+    comparisons = [
+        comparison(part, batch_size, sides, device, workers)
+        for part in args.parts
+        if part in PARTS
+        for batch_size in args.batch_sizes
+    ]
+    rows = []
+    for cases in tqdm(comparisons, "comparisons", leave=False, disable=None):
+        rows += measure(cases, args.rounds)
+    growth = measure_growth(precision, device) if "growth" in args.parts else []
+    operations = []
+    if "operations" in args.parts:
+        operations = measure_operations(precision, max(args.batch_sizes), device)
+
+    if rows:
+        print_table(rows)
+        if share := augmentation_share(rows):
+            print(share)
+    if operations:
+        print_operations(operations, max(args.batch_sizes))
+    if growth:
+        print_growth(growth)
+    if args.json:
+        content = {"environment": about, "rows": rows, "operations": operations, "growth": growth}
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+    if args.figure and rows:
+        figures.save_figure(figures.speed(rows, about["device"]), args.figure)
+    if args.growth_figure and growth:
+        figures.save_figure(figures.growth(growth, about["device"]), args.growth_figure)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,138 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_python
+
+import benchmark
+from benchmark import Case, operations_per_image, row_of, textbook_network
+from dataset import Preprocessing, draw_shapes, identity_maps, resample
+from model import AlexNet
+from utils import autocast, run_script
+
+# Multiply-adds by hand: positions x filter size x filters (paper §3.5 and Fig. 2).
+MULTIPLY_ADDS = {
+    "conv1": 55 * 55 * (3 * 11 * 11) * 96,
+    "conv2": 27 * 27 * (96 * 5 * 5) * 256,
+    "conv3": 13 * 13 * (256 * 3 * 3) * 384,
+    "conv4": 13 * 13 * (384 * 3 * 3) * 384,
+    "conv5": 13 * 13 * (384 * 3 * 3) * 256,
+    "fc6": 9216 * 4096,
+    "fc7": 4096 * 4096,
+    "fc8": 4096 * 10,
+}
+
+
+@pytest.fixture(scope="module")
+def shapes_batch():
+    train = draw_shapes().train
+    images = resample(train.images[:20], identity_maps(20), Preprocessing.of(train.images))
+    return images, train.labels[:20]
+
+
+def test_operations_are_counted_exactly():
+    forward = sum(MULTIPLY_ADDS.values())
+    assert operations_per_image(training=False) == 2 * forward
+    # Backward: a product for the weights and one for the input, which the first layer does without.
+    assert operations_per_image(training=True) == 2 * (3 * forward - MULTIPLY_ADDS["conv1"])
+
+
+def test_the_textbook_network_is_the_same_function():
+    """Otherwise the comparison would compare two things."""
+    ours = AlexNet().eval()
+    textbook = copy_of(ours).eval()
+    images = torch.randn(2, 3, 227, 227) * 50
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), textbook(images), rtol=1e-4, atol=1e-5)
+
+
+def test_ratios_are_taken_round_by_round():
+    """A slow moment of the machine meets both sides: no ratio may mix two rounds."""
+    case = Case("step", "here", "fp32", 10, 10, "cpu", 1)
+    textbook = SimpleNamespace(case=None, seconds=[2.0, 4.0, 8.0])
+    ours = SimpleNamespace(case=case, seconds=[1.0, 1.0, 4.0])
+    row = row_of(ours, textbook, 100, {"fp32": [1e12, 2e12, 1e12]})
+    assert row["times_the_textbook"] == [2.0, 2.0, 4.0]
+    assert row["images_per_second"] == [10.0, 2.5, 10.0]
+    operations = 10 * 2 * (3 * sum(MULTIPLY_ADDS.values()) - MULTIPLY_ADDS["conv1"])
+    shares = sorted(operations / s / p for s, p in ((1, 1e12), (1, 2e12), (4, 1e12)))
+    assert row["share_of_peak"] == pytest.approx([shares[1], shares[0], shares[2]])
+
+
+def copy_of(network):
+    """The textbook network with an AlexNet's weights."""
+    textbook = textbook_network()
+    weights = zip(textbook.state_dict(), network.state_dict().values(), strict=True)
+    textbook.load_state_dict(dict(weights))
+    return textbook
+
+
+# Losses to within rounding. Gradients (length of the difference by length of the gradient) less so:
+# rounding changes which of some nearly equal values is the largest of its pooling window, or
+# whether one is above zero, and the gradient then takes another way.
+@pytest.mark.parametrize(
+    ("precision", "loss_bound", "gradient_bound"), [("fp32", 1e-6, 0.01), ("bf16", 2**-9, 0.25)]
+)
+def test_speed_changes_no_loss_and_no_gradient(shapes_batch, precision, loss_bound, gradient_bound):
+    images, labels = shapes_batch
+    fast = AlexNet(dropout=0.0).to(memory_format=torch.channels_last)
+    plain = copy_of(fast).eval()  # without dropout
+    with autocast(images.device, precision):
+        fast_loss = F.cross_entropy(fast(images), labels)
+    plain_loss = F.cross_entropy(plain(images.contiguous()), labels)
+    fast_loss.backward()
+    plain_loss.backward()
+    assert fast_loss.item() == pytest.approx(plain_loss.item(), rel=loss_bound)
+    for (name, ours), theirs in zip(fast.named_parameters(), plain.parameters(), strict=True):
+        difference = torch.linalg.norm(ours.grad - theirs.grad) / torch.linalg.norm(theirs.grad)
+        assert difference < gradient_bound, name
+
+
+def test_speed_changes_no_training(shapes_batch):
+    """The same steps, fast in bf16 and plain in float32, learn a batch alike."""
+    images, labels = shapes_batch
+    fast = AlexNet(dropout=0.0).to(memory_format=torch.channels_last)
+    plain = copy_of(fast).eval()
+    losses = {}
+    for network, precision in ((fast, "bf16"), (plain, "fp32")):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.004, momentum=0.9)
+        losses[precision] = []
+        for _ in range(12):
+            with autocast(images.device, precision):
+                loss = F.cross_entropy(network(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[precision].append(loss.item())
+    assert losses["fp32"][-1] < 0.5 * losses["fp32"][0]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.02)
+
+
+def test_script_measures_and_writes(tmp_path):
+    options = ["--parts", "lrn", "--batch-sizes", 1, "--rounds", 1]
+    options += ["--json", "b.json", "--figure", "b.png"]
+    done = run_python("benchmark.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert {row["side"] for row in rows} == {"textbook", "here"}
+    for row in rows:
+        assert row["images_per_second"][0] > 0
+        assert row["peak_memory_mib"] > 100
+    assert benchmark.PARTS["lrn"] in done.stdout
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "options", [["--rounds", "0"], ["--batch-sizes", "-1"], ["--parts", "all"], ["--device", "tpu"]]
+)
+def test_bad_command_is_one_line(monkeypatch, capsys, options):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *options])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(benchmark.main)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("benchmark.py: error: ")
+    assert error.count("\n") == 1
+    assert options[0] in error
