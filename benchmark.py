@@ -39,6 +39,7 @@ from utils import (
     compiled,
     environment,
     keep_freed_memory,
+    output_file,
     peak_memory_mib,
     positive_int,
     run_script,
@@ -321,7 +322,11 @@ def synchronise(device: torch.device) -> None:
 
 
 def work(case: Case, connection) -> None:
-    """The life of a process: prepares the case, then measures a turn whenever it is told to."""
+    """The life of a process: prepares the case when told to, then measures a turn each time.
+
+    Only one process works at a time.
+    """
+    connection.recv()
     if case.side != "textbook":
         keep_freed_memory()
     if case.part == "pipeline-1-core":
@@ -360,6 +365,11 @@ class Worker:
         except EOFError:
             raise UserError(f"measuring {self.case} failed; try a smaller batch size") from None
 
+    def prepare(self) -> int | None:
+        """Returns the operations of a call, for a product."""
+        self.connection.send("prepare")
+        return self.receive()
+
     def turn(self) -> None:
         self.connection.send("turn")
         self.seconds.append(self.receive())
@@ -375,13 +385,13 @@ class Worker:
 def measure(cases: list[Case], rounds: int) -> list[dict]:
     """A row for each case but the products, measured in turns."""
     workers = [Worker(case) for case in cases]
-    operations = [worker.receive() for worker in workers]
+    operations = [worker.prepare() for worker in workers]
     for _ in range(rounds):
         for worker in workers:
             worker.turn()
     memory = [worker.finish() for worker in workers]
     peaks = {
-        worker.case.precision: [count / s for s in worker.seconds]
+        worker.case.precision: max(count / s for s in worker.seconds)
         for worker, count in zip(workers, operations, strict=True)
         if count
     }
@@ -394,7 +404,10 @@ def measure(cases: list[Case], rounds: int) -> list[dict]:
 
 
 def row_of(worker: Worker, textbook: Worker, memory: int | None, peaks: dict) -> dict:
-    """Medians over the rounds with the lowest and the highest; ratios are taken round by round."""
+    """Medians over the rounds with the lowest and the highest.
+
+    Ratios are taken round by round; peaks are the highest operations per second, by precision.
+    """
     case = worker.case
     row = asdict(case) | {
         "name": PARTS[case.part],
@@ -406,11 +419,8 @@ def row_of(worker: Worker, textbook: Worker, memory: int | None, peaks: dict) ->
     }
     if case.precision in peaks:
         work = case.images * operations_per_image(training=case.part != "inference")
-        peak = peaks[case.precision]
-        row["peak_gflops"] = spread(p / 1e9 for p in peak)
-        row["share_of_peak"] = spread(
-            work / s / p for s, p in zip(worker.seconds, peak, strict=True)
-        )
+        row["peak_gflops"] = peaks[case.precision] / 1e9
+        row["share_of_peak"] = spread(work / s / peaks[case.precision] for s in worker.seconds)
     return row
 
 
@@ -474,7 +484,7 @@ def measure_growth(precision: str, device: torch.device) -> list[dict]:
     for batch_size in tqdm(GROWTH_BATCH_SIZES, "batch sizes", leave=False, disable=None):
         case = Case("step", "here", precision, batch_size, batch_size, str(device), 0)
         worker = Worker(case)
-        worker.receive()
+        worker.prepare()
         for _ in range(3):
             worker.turn()
         memory = worker.finish()
@@ -488,6 +498,9 @@ def measure_operations(precision: str, batch_size: int, device: torch.device) ->
     keep_freed_memory()
     call = our_call(Case("step", "here", precision, batch_size, batch_size, str(device), 0), device)
     seconds_of(call, 5, device)
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # keeps the profiler's own notices off the screen
     with torch.profiler.profile() as profiler:
         seconds_of(call, PROFILED_STEPS, device)
     on_device = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
@@ -576,9 +589,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--compile", action="store_true", help="measure torch.compile's network too")
-    add("--json", type=Path, metavar="FILE", help="write all results to FILE")
-    add("--figure", type=Path, metavar="FILE", help="draw the results as a PNG")
-    add("--growth-figure", type=Path, metavar="FILE", help="draw time and memory by batch size")
+    add("--json", type=output_file, metavar="FILE", help="write all results to FILE")
+    add("--figure", type=output_file, metavar="FILE", help="draw the results as a PNG")
+    add(
+        "--growth-figure",
+        type=output_file,
+        metavar="FILE",
+        help="draw time and memory by batch size",
+    )
     return parser.parse_args()
 
 

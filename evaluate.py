@@ -36,6 +36,7 @@ from utils import (
     environment,
     keep_freed_memory,
     load_checkpoint,
+    output_file,
     run_script,
     select_device,
     select_precision,
@@ -243,17 +244,15 @@ def parse_arguments() -> argparse.Namespace:
         default=1,
         help="10: also the mean over four corners, centre, and their mirror images; default: 1",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write all results to FILE"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
     keep_freed_memory()
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist")
-    if args.json and args.json.exists() and not args.json.is_file():
-        raise UserError(f"--json {args.json} is not a file")
     device = select_device(args.device)
     network, preprocessing, checkpoint = load_network(args.checkpoint)
     training = checkpoint["training"]

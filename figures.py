@@ -152,7 +152,9 @@ def speed(rows: list[dict], title: str) -> Figure:
     """
     batch_size = max(row["batch_size"] for row in rows)
     rows = [row for row in rows if row["batch_size"] == batch_size]
-    textbook = {row["part"]: row["images_per_second"][0] for row in rows if row["side"] != "here"}
+    textbook = {
+        row["part"]: row["images_per_second"][0] for row in rows if row["side"] == "textbook"
+    }
     ours = [row for row in rows if row["side"] == "here"]
     figure = Figure(figsize=(9, 1.4 + 0.42 * len(ours)), layout="constrained")
     axes = figure.subplots()

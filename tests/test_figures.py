@@ -59,3 +59,30 @@ def test_training_errors_draw_every_seed_and_their_mean():
     np.testing.assert_allclose(drawn["ReLU"], [60, 30])
     np.testing.assert_allclose(drawn["tanh"], [80, 60, 50])
     assert [list(line.get_xdata()) for line in axes.lines[:3]] == [[1, 2]] * 3
+
+
+def test_speed_compares_with_the_textbook():
+    """Bars are ratios; the text has both rates, of the textbook and not of another side."""
+    common = {"part": "step", "name": "training step", "precision": "fp32", "batch_size": 8}
+    rows = [
+        {**common, "side": "textbook", "images_per_second": [10, 9, 11]},
+        {**common, "side": "here", "images_per_second": [30, 29, 31]},
+        {**common, "side": "compiled", "images_per_second": [20, 19, 21]},
+        {**common, "side": "here", "batch_size": 4, "images_per_second": [5, 4, 6]},
+    ]
+    for row in rows:
+        row["times_the_textbook"] = [rate / 10 for rate in row["images_per_second"]]
+    axes = figures.speed(rows, "a machine").axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [3.0]
+    assert axes.texts[0].get_text() == "3.0 times: 30, not 10 images/s"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["training step, fp32"]
+
+
+def test_growth_draws_rate_and_memory():
+    rows = [
+        {"batch_size": 1, "seconds": 0.5, "peak_memory_mib": 1024},
+        {"batch_size": 4, "seconds": 1.0, "peak_memory_mib": 2048},
+    ]
+    rate, memory = figures.growth(rows, "a machine").axes
+    assert list(rate.lines[0].get_ydata()) == [2.0, 4.0]
+    assert list(memory.lines[0].get_ydata()) == [1.0, 2.0]
