@@ -282,18 +282,15 @@ def setting(args: argparse.Namespace) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = OneLineParser(
-        description="Train the base and each of its switches, and compare them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = OneLineParser(description="Train the base and each of its switches; compare them.")
     add = parser.add_argument
-    add("--seeds", type=positive_int, default=3, help="runs of each: seeds 0, 1, ...")
-    add("--epochs", type=positive_int, default=20, help="of each run")
-    add("--train-images", type=positive_int, metavar="N", help="use so many, else all")
-    add("--recipe", choices=("modern", "paper"), default="paper", help="the base")
-    add("--dataset", choices=DATASETS, default="cifar10", help="what to train on")
-    add("--data-dir", default=DEFAULT_DATA_DIR, help="where CIFAR-10 is or goes")
-    add("--output-dir", type=Path, default=Path("runs/ablation"), help="for all results")
+    add("--seeds", type=positive_int, default=3, metavar="N", help="runs of each; default: 3")
+    add("--epochs", type=positive_int, default=20, help="of each run; default: 20")
+    add("--train-images", type=positive_int, metavar="N", help="use so many; default: all")
+    add("--recipe", choices=("modern", "paper"), default="paper", help="default: paper")
+    add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
+    add("--data-dir", default=DEFAULT_DATA_DIR, help=f"default: {DEFAULT_DATA_DIR}")
+    add("--output-dir", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
     return parser.parse_args()
 
 

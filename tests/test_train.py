@@ -16,7 +16,7 @@ from conftest import ROOT, run_python
 
 import dataset
 import train
-from dataset import Augmentation, Dataset, Split, training_batches
+from dataset import Augmentation, Dataset, Preprocessing, Split, training_batches
 from evaluate import load_network, loss_and_accuracy, predict
 from model import AlexNet
 from utils import run_script, select_precision
@@ -124,6 +124,21 @@ def test_parameter_groups_of_the_paper():
     assert [group["lr_factor"] for group in optimizer.param_groups] == [1, 2]
     [everything] = train.parameter_groups(network, train.new_config({}))
     assert len(everything["params"]) == 16
+
+
+def test_common_reading_starts_blind():
+    """What tells images apart reaches the last layer in the recipe, not in the other reading."""
+    images = dataset.draw_shapes().train.images
+    common = {"init": "as-printed", "input": "standardised"}
+    spread = []
+    for given in ({}, common):
+        config = train.new_config({"recipe": "paper", **given})
+        network = train.make_network(config, 10)
+        preprocessing = Preprocessing.of(images, config["input"], "paper")
+        logits = predict(network, images[:20], preprocessing, "fp32")
+        spread.append(logits.std(0).mean().item())
+    assert spread[0] > 0.1
+    assert spread[1] < 0.002
 
 
 def test_steps_follow_the_papers_equations():
