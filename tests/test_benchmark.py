@@ -92,7 +92,7 @@ def test_speed_changes_no_loss_and_no_gradient(shapes_batch, precision, loss_bou
 
 def test_speed_changes_no_training(shapes_batch):
     """The same steps, fast in bf16 and plain in float32, learn a batch alike."""
-    images, labels = shapes_batch
+    images, labels = (part[:10] for part in shapes_batch)
     fast = AlexNet(dropout=0.0).to(memory_format=torch.channels_last)
     plain = copy_of(fast).eval()
     losses = {}
