@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -322,10 +323,18 @@ def synchronise(device: torch.device) -> None:
 
 
 def work(case: Case, connection) -> None:
-    """The life of a process: prepares the case when told to, then measures a turn each time.
+    """The life of a process: measures the case, until the other end says stop or is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this
+    try:
+        answer(case, connection)
+    except (EOFError, ConnectionError):
+        return
+    except RuntimeError as error:
+        connection.send(UserError(f"measuring {case} failed ({str(error).splitlines()[0]})"))
 
-    Only one process works at a time.
-    """
+
+def answer(case: Case, connection) -> None:
+    """Prepares the case when told to, then measures a turn each time: one process at a time."""
     connection.recv()
     if case.side != "textbook":
         keep_freed_memory()
@@ -359,25 +368,27 @@ class Worker:
         self.process.start()
         other_end.close()
 
-    def receive(self):
+    def ask(self, message: str):
+        """The process's answer. Raises UserError if it failed or is no more."""
         try:
-            return self.connection.recv()
-        except EOFError:
-            raise UserError(f"measuring {self.case} failed; try a smaller batch size") from None
+            self.connection.send(message)
+            result = self.connection.recv()
+        except (EOFError, ConnectionError):
+            result = UserError(f"measuring {self.case} was ended, perhaps for want of memory")
+        if isinstance(result, UserError):
+            raise result
+        return result
 
     def prepare(self) -> int | None:
         """Returns the operations of a call, for a product."""
-        self.connection.send("prepare")
-        return self.receive()
+        return self.ask("prepare")
 
     def turn(self) -> None:
-        self.connection.send("turn")
-        self.seconds.append(self.receive())
+        self.seconds.append(self.ask("turn"))
 
     def finish(self) -> int | None:
         """Ends the process. Returns its peak memory in MiB."""
-        self.connection.send("stop")
-        memory = self.receive()
+        memory = self.ask("stop")
         self.process.join()
         return memory
 
@@ -385,11 +396,15 @@ class Worker:
 def measure(cases: list[Case], rounds: int) -> list[dict]:
     """A row for each case but the products, measured in turns."""
     workers = [Worker(case) for case in cases]
-    operations = [worker.prepare() for worker in workers]
-    for _ in range(rounds):
+    try:
+        operations = [worker.prepare() for worker in workers]
+        for _ in range(rounds):
+            for worker in workers:
+                worker.turn()
+        memory = [worker.finish() for worker in workers]
+    finally:
         for worker in workers:
-            worker.turn()
-    memory = [worker.finish() for worker in workers]
+            worker.connection.close()  # which ends a process that still waits
     peaks = {
         worker.case.precision: max(count / s for s in worker.seconds)
         for worker, count in zip(workers, operations, strict=True)
@@ -484,10 +499,13 @@ def measure_growth(precision: str, device: torch.device) -> list[dict]:
     for batch_size in tqdm(GROWTH_BATCH_SIZES, "batch sizes", leave=False, disable=None):
         case = Case("step", "here", precision, batch_size, batch_size, str(device), 0)
         worker = Worker(case)
-        worker.prepare()
-        for _ in range(3):
-            worker.turn()
-        memory = worker.finish()
+        try:
+            worker.prepare()
+            for _ in range(3):
+                worker.turn()
+            memory = worker.finish()
+        finally:
+            worker.connection.close()
         seconds = statistics.median(worker.seconds)
         rows.append({"batch_size": batch_size, "seconds": seconds, "peak_memory_mib": memory})
     return rows
@@ -498,9 +516,8 @@ def measure_operations(precision: str, batch_size: int, device: torch.device) ->
     keep_freed_memory()
     call = our_call(Case("step", "here", precision, batch_size, batch_size, str(device), 0), device)
     seconds_of(call, 5, device)
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # keeps the profiler's own notices off the screen
+    # Keeps the profiler's own notices off the screen.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile() as profiler:
         seconds_of(call, PROFILED_STEPS, device)
     on_device = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"

@@ -143,3 +143,13 @@ def test_bad_command_is_one_line(monkeypatch, capsys, options):
     assert error.startswith("benchmark.py: error: ")
     assert error.count("\n") == 1
     assert options[0] in error
+
+
+def test_side_without_memory_ends_in_one_line(tmp_path):
+    """A process that fails must not leave the others waiting."""
+    options = ["--parts", "lrn", "--batch-sizes", 10**9, "--rounds", 1]
+    done = run_python("benchmark.py", *options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "batch_size=1000000000" in done.stderr
+    assert "allocate memory" in done.stderr
