@@ -7,6 +7,7 @@ and a folder for each run, without its checkpoints, which would be 700 MB each.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import figures
 import train
 from dataset import DATASETS, DEFAULT_DATA_DIR
+from parallel import Processes
 from utils import (
     OneLineParser,
     StopRequest,
@@ -112,13 +114,14 @@ def train_run(run_dir: Path, settings: dict, stop: StopRequest) -> None:
     """Trains one run, or goes on with it, unless it is over; a divergence is noted, not raised."""
     if not outcome(run_dir, settings["epochs"]):
         known = (run_dir / "config.json").exists()
-        run = train.prepare({**settings, "resume" if known else "output_dir": run_dir})
-        try:
-            train.train(run, stop)
-        except train.DivergedError as error:
-            print(error, flush=True)
-            with atomic_write(run_dir / DIVERGED) as temporary:
-                temporary.write_text(f"{error}\n")
+        settings = {**settings, "resume" if known else "output_dir": run_dir}
+        with contextlib.closing(train.prepare(settings, Processes())) as run:
+            try:
+                train.train(run, stop)
+            except train.DivergedError as error:
+                print(error, flush=True)
+                with atomic_write(run_dir / DIVERGED) as temporary:
+                    temporary.write_text(f"{error}\n")
     if outcome(run_dir, settings["epochs"]):
         for checkpoint in ("last.pt", "best.pt"):
             (run_dir / checkpoint).unlink(missing_ok=True)
@@ -296,6 +299,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
+    if Processes().count > 1:
+        raise UserError("ablate.py trains with one process; start it with python, not torchrun")
     keep_freed_memory()
     common = {name: getattr(args, name) for name in ("recipe", "dataset", "epochs", "train_images")}
     claim_folder(args.output_dir, common)

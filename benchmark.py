@@ -31,6 +31,7 @@ from tqdm import tqdm
 import figures
 from dataset import Augmentation, Dataset, Preprocessing, Split, training_batches
 from model import IMAGE_SIZE, AlexNet, LocalResponseNorm
+from parallel import Processes
 from train import Run, new_config, train_step
 from utils import (
     OneLineParser,
@@ -239,7 +240,7 @@ def our_run(case: Case, device: torch.device) -> Run:
         "batch_size": case.batch_size,
         "compile": case.side == "compiled",
     }
-    return Run(Path("unused"), new_config(given), dataset, device)
+    return Run(Path("unused"), new_config(given), dataset, device, Processes())
 
 
 # ---------------------------------------------------------------------------------------------

@@ -392,6 +392,8 @@ def resample(
     torch.nn.functional.interpolate(mode="bilinear") gives.
     """
     size = preprocessing.size
+    if not len(images):  # a process's share of a small batch, which affine_grid would refuse
+        return torch.empty(0, 3, size, size, device=images.device)
     mean = _per_channel(tuple(preprocessing.mean), images.device)
     std = _per_channel(tuple(preprocessing.std), images.device)
     grid = F.affine_grid(maps, [len(images), 3, size, size], align_corners=False)
@@ -475,11 +477,13 @@ def training_batches(
     seed: int,
     epoch: int,
     first_step: int = 0,
+    share: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields an epoch's batches (float images [B, 3, S, S], labels [B]), each image once.
 
     Order and augmentation depend on seed and epoch alone, so that a run resumed at first_step sees
-    what it would have seen. The last batch holds what is left.
+    what it would have seen. The last batch holds what is left. share is the part of every batch
+    that one of several processes takes; it may be empty in the last one.
     """
     generator = torch.Generator().manual_seed(mix_seeds(seed, epoch))
     n, device = len(split.labels), split.images.device
@@ -490,10 +494,10 @@ def training_batches(
         noise = random_colours(augmentation.colours, n, generator).to(device)
     for start in range(first_step * batch_size, n, batch_size):
         batch = slice(start, start + batch_size)
-        images = split.images[order[batch]]
-        batch_noise = None if noise is None else noise[batch]
-        images = resample(images, maps[batch], preprocessing, batch_noise)
-        yield images, split.labels[order[batch]]
+        index = order[batch][share]
+        batch_noise = None if noise is None else noise[batch][share]
+        images = resample(split.images[index], maps[batch][share], preprocessing, batch_noise)
+        yield images, split.labels[index]
 
 
 def plain_batches(

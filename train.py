@@ -1,10 +1,13 @@
 """Trains AlexNet: python train.py [--recipe paper] [--dataset shapes] [--resume RUN_DIR]
 
+On several GPUs torchrun starts a process for each: torchrun --nproc_per_node=4 train.py
+
 Each run has a folder: config.json, metrics.csv, timing.csv, curves.png, last.pt (all that resuming
 needs) and best.pt (the best on the validation split, all that evaluate.py needs).
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -34,26 +37,31 @@ from dataset import (
 )
 from evaluate import load_network, loss_and_accuracy, predict
 from model import CHOICES, INITS, AlexNet
+from parallel import Processes, is_connection_lost
 from utils import (
+    FolderLock,
     OneLineParser,
     StopRequest,
     UserError,
     atomic_write,
     autocast,
+    command_line,
     compiled,
     device_name,
     environment,
     fraction,
     is_compiler_error,
     keep_freed_memory,
+    make_deterministic,
     non_negative_float,
     non_negative_int,
     peak_memory_mib,
     positive_float,
     positive_int,
+    remove_unfinished,
     run_script,
     save_checkpoint,
-    select_device,
+    say,
     select_precision,
 )
 
@@ -108,6 +116,7 @@ DEFAULTS = {
     "device": "auto",
     "precision": "auto",
     "compile": False,
+    "deterministic": False,
     "save_every": 3.0,
 }
 WARM_UP = 0.05  # of all steps
@@ -117,7 +126,7 @@ DIVISIONS = 3  # paper §5: the learning rate was "reduced three times prior to 
 METRICS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 TIMING = ("epoch", "seconds", "images_per_second", "peak_memory_mib")
 # Settings that --resume may change; any other would make it another experiment.
-CHANGEABLE = ("epochs", "data_dir", "device", "compile", "save_every")
+CHANGEABLE = ("epochs", "data_dir", "device", "compile", "deterministic", "save_every")
 
 
 def learning_rate(step: int, total_steps: int, peak: float) -> float:
@@ -226,6 +235,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
     add("--precision", choices=("auto", "fp32", "bf16"), help="default: auto")
     add("--compile", action="store_true", help="let torch.compile fuse the network; for GPUs")
+    add("--deterministic", action="store_true", help="the same bits each time on a GPU too; slower")
     add("--save-every", type=positive_float, metavar="MINUTES", help="save that often; default: 3")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output-dir", type=Path, help="default: a new one in runs")
@@ -336,8 +346,16 @@ class DivergedError(UserError):
 class Run:
     """A network in training, how far it has come, and the folder that records it."""
 
-    def __init__(self, run_dir: Path, config: dict, dataset: Dataset, device: torch.device):
-        self.dir, self.config, self.device = run_dir, config, device
+    def __init__(
+        self,
+        run_dir: Path,
+        config: dict,
+        dataset: Dataset,
+        device: torch.device,
+        processes: Processes,
+    ):
+        self.dir, self.config, self.device, self.processes = run_dir, config, device, processes
+        self.lock: FolderLock | None = None
         self.classes = dataset.classes
         images, augmentation = dataset.train.images, config["augmentation"]
         self.preprocessing = Preprocessing.of(images, config["input"], augmentation)
@@ -347,11 +365,15 @@ class Run:
         self.total_steps = self.steps_per_epoch * config["epochs"]
         self.network = make_network(config, len(self.classes))
         self.network.to(device, memory_format=torch.channels_last)
-        self.compiled = compiled(self.network, device) if config["compile"] else self.network
+        self.parallel = processes.parallel(self.network)
+        self.compiled = compiled(self.parallel, device) if config["compile"] else self.parallel
         self.optimizer = make_optimizer(self.network, config)
 
         self.epoch = 0  # epochs finished
         self.step = 0  # steps done in the epoch under way
+        self.stopped_by = 0  # the signal that a process got, once all of them know of it
+        # Of this process's images; summed over the processes, each step's mean loss and the right
+        # answers of the epoch under way.
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.seconds = 0.0  # spent training in the epoch under way
@@ -359,6 +381,20 @@ class Run:
         self.best: dict | None = None  # the best network, until it is written to best.pt
         self.last_save = time.monotonic()
         self.told_time = False  # whether the user knows how long the run will take
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.processes.rank == 0
+
+    def say(self, text: str) -> None:
+        if self.is_first:
+            say(text)
+
+    def close(self) -> None:
+        """Lets another process write to the run's folder."""
+        if self.lock:
+            self.lock.release()
 
     def checkpoint(self) -> dict:
         """What evaluate.py needs of the network; its weights go on changing with the network."""
@@ -379,12 +415,12 @@ class Run:
 
     def save_best(self) -> None:
         """Writes best.pt if there is a new best."""
-        if self.best is not None:
+        if self.best is not None and self.is_first:
             save_checkpoint(self.dir / "best.pt", self.best)
             self.best = None
 
     def save(self) -> None:
-        """Writes best.pt if there is a new best, and last.pt.
+        """Writes best.pt if there is a new best, and last.pt; called by all processes together.
 
         Raises UserError, and leaves last.pt as it was, if a loss or weight is NaN or infinite.
         """
@@ -394,14 +430,15 @@ class Run:
             raise self.diverged("a weight became NaN or infinite", self.step)
         progress = {
             "step": self.step,
-            "losses": self.losses,
-            "correct": self.correct,
+            "losses": self.processes.sum(self.losses),
+            "correct": self.processes.sum(self.correct),
             "seconds": self.seconds,
             "history": self.history,
         }
         optimizer = self.optimizer.state_dict()
         content = {**self.checkpoint(), "optimizer": optimizer, "progress": progress}
-        save_checkpoint(self.dir / "last.pt", content)
+        if self.is_first:
+            save_checkpoint(self.dir / "last.pt", content)
         self.last_save = time.monotonic()
 
     def is_save_due(self) -> bool:
@@ -409,10 +446,11 @@ class Run:
 
     def check_losses(self) -> None:
         """Raises UserError if a loss of this epoch is NaN or infinite. Waits for the device."""
-        wrong = (~self.losses[: self.step].isfinite()).nonzero()
+        losses = self.processes.sum(self.losses)[: self.step]
+        wrong = (~losses.isfinite()).nonzero()
         if len(wrong):
             step = wrong[0].item()
-            raise self.diverged(f"the loss became {self.losses[step].item()}", step + 1)
+            raise self.diverged(f"the loss became {losses[step].item()}", step + 1)
 
     def diverged(self, what: str, step: int) -> DivergedError:
         """The error that ends a run gone wrong: where, what to try, what is left."""
@@ -440,8 +478,9 @@ class Run:
             self.optimizer.load_state_dict(content["optimizer"])
             progress = content["progress"]
             self.epoch, self.step = content["epoch"], progress["step"]
-            self.losses.copy_(progress["losses"])
-            self.correct.copy_(progress["correct"])
+            if self.is_first:
+                self.losses.copy_(progress["losses"])
+                self.correct.copy_(progress["correct"])
             self.seconds, self.history = progress["seconds"], progress["history"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} cannot be resumed from ({error})") from None
@@ -452,7 +491,7 @@ class Run:
             )
         changed = content["training"]["epochs"] != self.config["epochs"]
         if changed and self.config["schedule"] == "cosine":
-            print(
+            self.say(
                 f"{self.config['epochs']} epochs instead of {content['training']['epochs']}: "
                 "from here the learning rate follows the schedule of the new length"
             )
@@ -491,19 +530,23 @@ def rate_now(run: Run, global_step: int) -> float:
 
 
 def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of gradient descent. Returns the loss and the number of right answers."""
+    """One step of gradient descent, with this process's share of the batch.
+
+    Returns the share's part of the mean loss over the batch, and its number of right answers.
+    """
     global_step = run.epoch * run.steps_per_epoch + run.step
+    batch_images = images_done(run, run.step + 1) - images_done(run, run.step)
     rate = rate_now(run, global_step)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_factor", 1.0)
-    # Dropout depends on seed and step alone, so that a resumed run draws what it would have drawn.
-    torch.manual_seed(mix_seeds(run.config["seed"], global_step))
+    # Dropout depends on seed, step and process, so that a resumed run draws what it would have.
+    torch.manual_seed(mix_seeds(run.config["seed"], global_step, run.processes.rank))
     # The epoch's last, smaller batch would be compiled anew.
-    network = run.compiled if len(images) == run.config["batch_size"] else run.network
+    network = run.compiled if batch_images == run.config["batch_size"] else run.parallel
     with autocast(run.device, run.config["precision"]):
         logits = network(images)
-        loss = F.cross_entropy(logits, labels)
-    loss.backward()
+        loss = F.cross_entropy(logits, labels, reduction="sum") / batch_images
+    (loss * run.processes.count).backward()  # the parallel network divides by it
     run.optimizer.step()
     run.optimizer.zero_grad()
     return loss.detach(), (logits.detach().argmax(1) == labels).sum()
@@ -511,11 +554,13 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 def train(run: Run, stop: StopRequest) -> None:
     """Trains until all epochs are done or a stop is requested; either way the run is saved."""
-    while run.epoch < run.config["epochs"] and not stop.signal:
+    while run.epoch < run.config["epochs"] and not run.stopped_by:
         train_epoch(run, stop)
-        if run.step == run.steps_per_epoch:
-            finish_epoch(run)
-        if run.is_save_due():
+        if run.stopped_by:
+            break  # an epoch that is over will be validated by whoever goes on with it
+        finish_epoch(run)
+        [is_save_due] = run.processes.highest(run.is_save_due())
+        if is_save_due:
             run.save()
     run.save()
 
@@ -532,6 +577,7 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
         config["seed"],
         run.epoch,
         run.step,
+        run.processes.share,
     )
     with Progress(run) as progress:
         for images, labels in batches:
@@ -539,12 +585,16 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
             run.losses[run.step] = loss  # stays on the device: reading it would wait for the step
             run.correct += correct
             run.step += 1
-            if progress.is_due():
+            # Processes have clocks and signals of their own, but must do the same.
+            run.stopped_by, is_save_due, is_show_due = run.processes.highest(
+                stop.signal, run.is_save_due(), progress.is_due()
+            )
+            if is_show_due:
                 run.check_losses()
-                progress.show()
-            if stop.signal:
+                progress.show(*running_metrics(run))
+            if run.stopped_by:
                 break
-            if run.is_save_due():
+            if is_save_due:
                 run.seconds = progress.seconds()
                 run.save()
         run.check_losses()
@@ -554,8 +604,7 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
 def finish_epoch(run: Run) -> None:
     """Validates, notes the epoch in the run's folder and keeps the network if it is the best."""
     images = len(run.train.labels)
-    logits = predict(run.network, run.val.images, run.preprocessing, run.config["precision"])
-    val_loss, val_accuracy = loss_and_accuracy(logits, run.val.labels)
+    val_loss, val_accuracy = validate(run)
     if not math.isfinite(val_loss):
         raise run.diverged(f"the validation loss became {val_loss}", run.step)
     train_loss, train_accuracy = running_metrics(run)
@@ -574,33 +623,43 @@ def finish_epoch(run: Run) -> None:
         "peak_memory_mib": peak_memory_mib(run.device),
     }
     run.history.append(row)
-    if val_accuracy > best_before:
+    if val_accuracy > best_before and run.is_first:
         run.keep_best()
     run.step, run.seconds = 0, 0.0
     run.losses.zero_()
     run.correct.zero_()
-    run.write_history()
-    print(
+    if run.is_first:
+        run.write_history()
+    run.say(
         f"epoch {run.epoch}/{run.config['epochs']}: "
         f"training loss {train_loss:.4f}, accuracy {train_accuracy:.2%}; "
         f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}; "
-        f"{row['images_per_second']:,.0f} images/s",
-        flush=True,
+        f"{row['images_per_second']:,.0f} images/s"
     )
 
 
-def images_done(run: Run) -> int:
-    """Images of the epoch under way that the network has been trained on."""
-    return min(run.step * run.config["batch_size"], len(run.train.labels))
+def validate(run: Run) -> tuple[float, float]:
+    """Loss and accuracy on the validation split, of which each process sees its share."""
+    share, precision = run.processes.share, run.config["precision"]
+    logits = torch.zeros(len(run.val.labels), len(run.classes), device=run.device)
+    logits[share] = predict(run.network, run.val.images[share], run.preprocessing, precision)
+    return loss_and_accuracy(run.processes.sum(logits), run.val.labels)
+
+
+def images_done(run: Run, step: int) -> int:
+    """Images of an epoch that so many steps see."""
+    return min(step * run.config["batch_size"], len(run.train.labels))
 
 
 def running_metrics(run: Run) -> tuple[float, float]:
     """Mean loss and accuracy over the images of the epoch so far. Waits for the device."""
-    images = images_done(run)
-    losses = run.losses[: run.step].cpu().double()  # not every GPU has float64
+    images = images_done(run, run.step)
+    losses = run.processes.sum(run.losses)[: run.step]
+    losses = losses.cpu().double()  # not every GPU has float64
     weights = torch.full_like(losses, run.config["batch_size"])
     weights[-1] = images - weights[:-1].sum()
-    return (losses @ weights).item() / images, run.correct.item() / images
+    correct = run.processes.sum(run.correct)
+    return (losses @ weights).item() / images, correct.item() / images
 
 
 class Progress:
@@ -616,11 +675,11 @@ class Progress:
         self.started = self.warmed_up = self.last_shown = time.monotonic()
         self.bar = tqdm(
             desc=f"epoch {run.epoch + 1}/{run.config['epochs']}",
-            initial=run.step * run.config["batch_size"],
+            initial=images_done(run, run.step),
             total=len(run.train.labels),
             unit="image",
             leave=False,
-            disable=None,
+            disable=None if run.is_first else True,
         )
         self.interval = 60.0 if self.bar.disable else 1.0  # seconds
 
@@ -636,14 +695,16 @@ class Progress:
 
     def is_due(self) -> bool:
         """Counts a step; whether there is something to show, for which the device must wait."""
+        if not self.run.is_first:
+            return False
         if not self.bar.disable:
-            self.bar.update(images_done(self.run) - self.bar.n)
+            self.bar.update(images_done(self.run, self.run.step) - self.bar.n)
         steps = self.run.step - self.first_step
         if not self.run.told_time and steps in (self.WARM_UP_STEPS, self.TIMED_STEPS):
             return True
         return time.monotonic() - self.last_shown > self.interval
 
-    def show(self) -> None:
+    def show(self, loss: float, accuracy: float) -> None:
         """Shows loss and accuracy so far; once, after the first steps, the time to come."""
         steps = self.run.step - self.first_step
         if steps == self.WARM_UP_STEPS:
@@ -651,16 +712,14 @@ class Progress:
         if steps == self.TIMED_STEPS and not self.run.told_time:
             self.tell_time()
         if time.monotonic() - self.last_shown > self.interval:
-            self.show_metrics()
+            self.show_metrics(loss, accuracy)
 
-    def show_metrics(self) -> None:
-        loss, accuracy = running_metrics(self.run)
+    def show_metrics(self, loss: float, accuracy: float) -> None:
         if self.bar.disable:
-            print(
+            self.run.say(
                 f"epoch {self.run.epoch + 1}/{self.run.config['epochs']}, "
                 f"step {self.run.step}/{self.run.steps_per_epoch}: "
-                f"training loss {loss:.4f}, accuracy {accuracy:.2%}",
-                flush=True,
+                f"training loss {loss:.4f}, accuracy {accuracy:.2%}"
             )
         else:
             self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}")
@@ -679,8 +738,8 @@ class Progress:
         message = f"this run will take about {readable_duration(seconds)}"
         if run.device.type == "cpu" and seconds > 600:
             message += "; quicker: fewer --epochs, --dataset shapes (a few minutes), or a GPU"
-        self.bar.write(message)
-        sys.stdout.flush()
+        with self.bar.external_write_mode():
+            self.run.say(message)
 
 
 def readable_duration(seconds: float) -> str:
@@ -692,10 +751,10 @@ def readable_duration(seconds: float) -> str:
 
 
 def evaluate_command(run: Run) -> str:
-    command = f"python evaluate.py {shlex.quote(str(run.dir / 'best.pt'))}"
+    arguments = ["evaluate.py", str(run.dir / "best.pt")]
     if run.config["dataset"] == "cifar10" and run.config["data_dir"] != DEFAULT_DATA_DIR:
-        command += f" --data-dir {shlex.quote(str(run.config['data_dir']))}"
-    return command
+        arguments += ["--data-dir", str(run.config["data_dir"])]
+    return shlex.join(["python", *arguments])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -703,70 +762,118 @@ def evaluate_command(run: Run) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def prepare(given: dict) -> Run:
-    """A new run, or a stopped one loaded; nothing is written before all of it is known."""
+def prepare(given: dict, processes: Processes) -> Run:
+    """A new run, or a stopped one loaded; nothing is written before all of it is known.
+
+    To be closed with Run.close().
+    """
+    given = dict(given)
     resume, output_dir = given.pop("resume", None), given.pop("output_dir", None)
+    if processes.max_restarts and not (resume or output_dir):
+        raise UserError("torchrun --max-restarts needs --output-dir: a restart must find the run")
+    if processes.restarts and output_dir and (output_dir / "config.json").exists():
+        resume = output_dir  # torchrun has repeated the command that made the run
+    processes.connect()
     config, earlier_starts = resumed_config(resume, given) if resume else (new_config(given), [])
-    run_dir = resume or free_run_dir(config, output_dir)
-    device = select_device(config["device"])
-    config["precision"] = select_precision(config["precision"], device)
-    dataset = load_dataset(config["dataset"], config["data_dir"])
+    if config["batch_size"] < processes.count:
+        raise UserError(f"--batch-size {config['batch_size']} is less than one image per process")
+    run_dir = resume or processes.from_first(lambda: free_run_dir(config, output_dir))
+    device = processes.select_device(config["device"])
+    precision = select_precision(config["precision"], device)
+    config["precision"] = processes.from_first(lambda: precision)  # machines may differ
+    if config["deterministic"]:
+        make_deterministic()
+    with processes.one_before_the_others():
+        dataset = load_dataset(config["dataset"], config["data_dir"])
     if "train_images" in config:
         dataset.train = stratified_subset(dataset.train, config["train_images"])
-    run = Run(run_dir, config, dataset, device)
-    if resume and (run_dir / "last.pt").exists():
-        run.load()
-    if not resume:
-        run.dir = make_run_dir(config, output_dir)
-    if run.epoch < config["epochs"]:
-        run.write_config(earlier_starts)
+    run = Run(run_dir, config, dataset, device, processes)
+    try:
+        open_folder(run, earlier_starts, output_dir, resume)
+    except BaseException:
+        run.close()
+        raise
     return run
 
 
-def finish(run: Run) -> int:
+def open_folder(
+    run: Run, earlier_starts: list, output_dir: Path | None, resume: Path | None
+) -> None:
+    """Makes the run's folder, or loads what is in it, and keeps other processes out of it."""
+    if not resume:
+        run.dir = run.processes.from_first(lambda: make_run_dir(run.config, output_dir))
+    if run.is_first:
+        run.lock = FolderLock(run.dir)
+        remove_unfinished(run.dir)
+    if resume and (run.dir / "last.pt").exists():
+        run.load()
+    if run.is_first and run.epoch < run.config["epochs"]:
+        run.write_config(earlier_starts)
+
+
+def finish(run: Run) -> None:
     best = max(run.history, key=lambda row: row["val_accuracy"])
     seconds = sum(row["seconds"] for row in run.history)
-    print(
+    run.say(
         f"finished {run.epoch} epochs in {readable_duration(seconds)} of training: best "
         f"validation accuracy {best['val_accuracy']:.2%} after epoch {best['epoch']}\n"
         f"look at the curves in {run.dir / 'curves.png'}\n"
         f"evaluate it with: {evaluate_command(run)}"
     )
-    return 0
+
+
+def train_and_report(run: Run) -> int:
+    """Trains to the end or to a stop. Returns the exit code."""
+    config = run.config
+    if run.epoch == config["epochs"]:
+        run.say(f"{run.dir} has all its {run.epoch} epochs; give more --epochs to go on")
+        finish(run)
+        return 0
+    where = device_name(run.device)
+    if run.processes.count > 1:
+        where = f"{run.processes.count} processes, the first on {where}"
+    run.say(
+        f"{run_name(config)}: {len(run.train.labels):,} training and "
+        f"{len(run.val.labels):,} validation images, "
+        f"{config['epochs']} epochs, {config['precision']} on {where}\n"
+        f"the run's folder is {run.dir}"
+    )
+    if run.epoch or run.step:
+        run.say(f"resumed after epoch {run.epoch}, step {run.step}")
+    try:
+        train(run, StopRequest())
+    finally:
+        run.save_best()  # whatever ended the run
+    if not run.stopped_by:
+        finish(run)
+        return 0
+    if run.is_first:
+        command = command_line("train.py", "--resume", str(run.dir))
+        print(f"stopped; go on with: {command}", file=sys.stderr)
+    return 128 + run.stopped_by
+
+
+def explained(error: RuntimeError) -> Exception:
+    """What to tell the user of an error that torch raised, or the error itself."""
+    if is_compiler_error(error):
+        reason = str(error).splitlines()[0]
+        return UserError(f"--compile does not work here ({reason}); leave it out")
+    if is_connection_lost(error):
+        return UserError("another process of this run has ended, so this one ends too")
+    return error
 
 
 def main() -> int:
     arguments = make_parser().parse_args()
     keep_freed_memory()
-    run = prepare(vars(arguments))
-    config = run.config
-    if run.epoch == config["epochs"]:
-        print(f"{run.dir} has all its {run.epoch} epochs; give more --epochs to go on")
-        return finish(run)
-    print(
-        f"{run_name(config)}: {len(run.train.labels):,} training and "
-        f"{len(run.val.labels):,} validation images, "
-        f"{config['epochs']} epochs, {config['precision']} on {device_name(run.device)}\n"
-        f"the run's folder is {run.dir}",
-        flush=True,
-    )
-    if run.epoch or run.step:
-        print(f"resumed after epoch {run.epoch}, step {run.step}", flush=True)
-    stop = StopRequest()
+    processes = Processes()
     try:
-        train(run, stop)
+        with contextlib.closing(prepare(vars(arguments), processes)) as run:
+            code = train_and_report(run)
     except RuntimeError as error:
-        if not is_compiler_error(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--compile does not work here ({reason}); leave it out") from None
-    finally:
-        run.save_best()  # whatever ended the run
-    if stop.signal:
-        folder = shlex.quote(str(run.dir))
-        print(f"stopped; go on with: python train.py --resume {folder}", file=sys.stderr)
-        return 128 + stop.signal
-    return finish(run)
+        raise explained(error) from None
+    processes.disconnect()
+    return code
 
 
 if __name__ == "__main__":

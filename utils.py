@@ -20,8 +20,14 @@ import numpy as np
 import torch
 import torchvision
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 FORMAT = "alexnet-cifar10"
 FORMAT_VERSION = 1
+UNFINISHED = ".unfinished-"  # how a file is called until it is whole
 
 
 # ---------------------------------------------------------------------------------------------
@@ -37,8 +43,8 @@ def run_script(main) -> None:
     """Calls main() and exits with its code; what a user can cause becomes one line and code 2."""
     try:
         sys.exit(main())
-    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _drop_output()
         sys.exit(128 + 13)  # as a shell reports SIGPIPE
     except (UserError, OSError) as error:
         _exit_with_line(f"error: {error}", 2)
@@ -56,17 +62,35 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _exit_with_line(message: str, code: int) -> None:
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""  # by torchrun
+    print(f"{Path(sys.argv[0]).name}{process}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 
+def say(text: str) -> None:
+    """Prints a line at once. If nobody reads it any more, StopRequest has heard so (SIGPIPE)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """For when whoever read the output, such as head, has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second one stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second one stops at once.
+
+    A closed pipe, as head leaves it, is a request as well.
+    """
 
     def __init__(self):
-        self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._request)
+        self.signal = 0  # its number, once there is one
+        for name in ("SIGINT", "SIGTERM", "SIGPIPE"):
+            if hasattr(signal, name):  # Windows has no SIGPIPE
+                signal.signal(getattr(signal, name), self._request)
 
     def _request(self, number, _frame) -> None:
         self.signal = number
@@ -198,6 +222,12 @@ def is_compiler_error(error: RuntimeError) -> bool:
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
+def make_deterministic() -> None:
+    """Lets torch take only operations that give the same bits each time, also on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
+    torch.use_deterministic_algorithms(True)
+
+
 def keep_freed_memory() -> None:
     """Lets the process reuse the memory of freed tensors; call it before the first tensor.
 
@@ -255,7 +285,7 @@ def atomic_write(path: Path):
     """
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{UNFINISHED}{path.name}-")
         os.close(handle)
         yield Path(temporary)
         with open(temporary, "rb+") as file:
@@ -274,6 +304,41 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Deletes what a killed process had begun to write to the folder; nobody else may use it."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+class FolderLock:
+    """Held by the process that writes to a folder, until release() or its end, even by kill -9.
+
+    Raises UserError if another process holds it. Nothing is written. Windows, and file systems that
+    know no locks, go without.
+    """
+
+    def __init__(self, folder: Path):
+        self._handle = None
+        if fcntl is None:
+            return
+        self._handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise UserError(
+                f"another process is writing to {folder}; wait until it ends, or use another folder"
+            ) from None
+        except OSError:
+            self.release()
+
+    def release(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -295,24 +360,26 @@ def load_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a checkpoint in it, such as {path / 'best.pt'}")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no ordinary file; use another")  # a pipe could be endless
     try:
+        _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the errors below say all there is to say
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except pickle.UnpicklingError as error:
-        if "Unsupported operand" in str(error):  # no pickle at all
-            raise UserError(f"{path} is not a checkpoint; use another file") from None
+    except pickle.UnpicklingError:
         raise UserError(
             f"{path} holds more than tensors and plain values, so it was not loaded: "
             "it could execute code. Only checkpoints written by train.py can be used"
         ) from None
     except Exception:  # torch's reader raises many types on a damaged file
-        what = "is truncated or damaged" if _looks_like_zip(path) else "is not a checkpoint"
-        raise UserError(f"{path} {what}; use another file") from None
+        raise UserError(f"{path} is truncated or damaged; use another file") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this program: train.py writes those")
     if content.get("format_version") != FORMAT_VERSION:
@@ -323,9 +390,22 @@ def load_checkpoint(path: str | Path) -> dict:
     return content
 
 
-def _looks_like_zip(path: Path) -> bool:
+def _check_archive(path: Path) -> None:
+    """Raises UserError if the file is none of torch.save's, or would unpack to more than it is.
+
+    Those are zip archives without compression. torch.load also reads an older format, which can
+    claim any amount of memory.
+    """
     with open(path, "rb") as file:
-        return file.read(2) == b"PK" or zipfile.is_zipfile(path)
+        if not file.read(4) == b"PK\x03\x04":
+            raise UserError(f"{path} is not a checkpoint; use another file")
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise UserError(
+            f"{path} would unpack to {unpacked:,} bytes, more than it has; train.py writes none "
+            "like that, so it was not loaded"
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -333,10 +413,19 @@ def _looks_like_zip(path: Path) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
+def command_line(*arguments: str) -> str:
+    """A command with these arguments, started as this program was, by python or by torchrun."""
+    launcher = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    return shlex.join([*launcher, *map(str, arguments)])
+
+
 def environment(device: torch.device) -> dict:
     """Versions, hardware, git commit and command line: what one needs to repeat a run."""
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(*sys.argv),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,

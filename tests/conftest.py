@@ -40,3 +40,14 @@ def trained_run(tmp_path_factory):
     done = run_python("train.py", "--dataset", "shapes", "--epochs", "1", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done
+
+
+def same(a, b):
+    """Whether two checkpoints' contents are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import ROOT, run_python, same
 
 import dataset
 import train
 from dataset import Augmentation, Dataset, Preprocessing, Split, training_batches
 from evaluate import load_network, loss_and_accuracy, predict
 from model import AlexNet
+from parallel import Processes
 from utils import run_script, select_precision
 
 
@@ -47,17 +48,6 @@ def tiny(monkeypatch, tmp_path):
 def rows(run_dir):
     with open(Path(run_dir) / "metrics.csv") as file:
         return list(csv.DictReader(file))
-
-
-def same(a, b):
-    """Whether two checkpoints' contents are equal to the bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 # --- Schedule and learning ----------------------------------------------------------------------
@@ -148,8 +138,10 @@ def test_steps_follow_the_papers_equations():
     w, b = (p.detach().numpy().copy() for p in (network.weight, network.bias))
     v, u = np.zeros_like(w), np.zeros_like(b)
     e = 0.1
-    config = {**train.new_config({"recipe": "paper", "lr": e}), "precision": "fp32"}
-    run = SimpleNamespace(network=network, config=config, device=torch.device("cpu"), history=[])
+    given = {"recipe": "paper", "lr": e, "batch_size": 6, "precision": "fp32"}
+    config = train.new_config(given)
+    run = SimpleNamespace(config=config, device=torch.device("cpu"), processes=Processes())
+    run.compiled, run.history, run.train = network, [], SimpleNamespace(labels=range(60))
     run.optimizer = train.make_optimizer(network, config)
     run.epoch, run.steps_per_epoch = 0, 10
     for run.step in range(5):
@@ -220,7 +212,7 @@ def test_training_overfits_32_images(tmp_path):
     config = train.new_config({"dataset": "shapes", "optimizer": "adam", "batch_size": 32})
     config["precision"] = select_precision("auto", torch.device("cpu"))
     data = Dataset(dataset.SHAPES, split, split, split)
-    run = train.Run(tmp_path, {**config, "epochs": 60}, data, torch.device("cpu"))
+    run = train.Run(tmp_path, {**config, "epochs": 60}, data, torch.device("cpu"), Processes())
     plain = Augmentation(flip=False, shift=0)
     [batch] = training_batches(split, run.preprocessing, plain, 32, 0, 0)
     for _ in range(60):
