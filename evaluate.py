@@ -28,6 +28,7 @@ from dataset import (
 )
 from model import CHOICES, IMAGE_SIZE, AlexNet
 from utils import (
+    DAMAGE_ERRORS,
     OneLineParser,
     UserError,
     atomic_write,
@@ -53,21 +54,30 @@ def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
     """
     checkpoint = load_checkpoint(path)
     try:
+        check_dicts(checkpoint, "model", "weights", "preprocessing", "training")
         _check_known(path, checkpoint["model"])
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
             network = AlexNet(**checkpoint["model"])
         network.load_state_dict(checkpoint["weights"], assign=True)
         preprocessing = Preprocessing(**checkpoint["preprocessing"])
         _check_fits(checkpoint, network, preprocessing)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except DAMAGE_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise UserError(f"{path} is not a complete checkpoint ({reason}); use another") from None
     return network.eval().to(memory_format=torch.channels_last), preprocessing, checkpoint
 
 
+def check_dicts(content: dict, *names: str) -> None:
+    """Raises TypeError if a part of a checkpoint that has parts itself is none."""
+    for name in names:
+        if not isinstance(content[name], dict):
+            raise TypeError(f"{name} is not a dictionary")
+
+
 def _check_known(path: str | Path, settings: dict) -> None:
     """Raises UserError for a setting of the network, or its value, that model.py does not have."""
     for name, value in settings.items():
+        _check_plain(value)
         if name in ("num_classes", "dropout"):
             continue  # numbers, whose range AlexNet checks
         if value not in CHOICES.get(name, ()):
@@ -77,10 +87,17 @@ def _check_known(path: str | Path, settings: dict) -> None:
             )
 
 
+def _check_plain(*values) -> None:
+    """Raises TypeError for anything whose comparison or printing could take for ever."""
+    if not all(isinstance(value, str | int | float | None) for value in values):
+        raise TypeError("a setting is no plain value")
+
+
 def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing) -> None:
     """Raises ValueError, TypeError or KeyError for what evaluation could not work with."""
-    if any(weight.dtype != torch.float32 for weight in network.parameters()):
-        raise ValueError("the weights are not float32")
+    for weight in network.parameters():
+        if weight.dtype != torch.float32 or weight.layout != torch.strided or weight.is_meta:
+            raise ValueError("a weight is not made of float32 numbers")
     classes, training = checkpoint["classes"], checkpoint["training"]
     if len(classes) != network.config["num_classes"] or not all(map(str.isprintable, classes)):
         raise ValueError("the classes do not fit the network")
@@ -93,6 +110,7 @@ def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing
         raise ValueError("the preprocessing does not fit the network")
     if training["dataset"] not in DATASETS or training["precision"] not in ("fp32", "bf16"):
         raise ValueError("the data set or the precision is unknown")
+    _check_plain(*training.values())
     if not all(isinstance(count, int) for count in (checkpoint["epoch"], training["epochs"])):
         raise TypeError("the number of epochs is no whole number")
 

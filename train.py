@@ -11,6 +11,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -35,10 +36,11 @@ from dataset import (
     stratified_subset,
     training_batches,
 )
-from evaluate import load_network, loss_and_accuracy, predict
+from evaluate import check_dicts, data_dir_of, load_network, loss_and_accuracy, predict
 from model import CHOICES, INITS, AlexNet
 from parallel import Processes, is_connection_lost
 from utils import (
+    DAMAGE_ERRORS,
     FolderLock,
     OneLineParser,
     StopRequest,
@@ -296,6 +298,9 @@ def free_run_dir(config: dict, output_dir: Path | None) -> Path:
             f"--output-dir {output_dir} is not empty; go on with a run in it by "
             f"--resume {output_dir}, or name another folder"
         )
+    parent = next(path for path in output_dir.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot make the folder {output_dir}: {parent} is not a writable folder")
     return output_dir
 
 
@@ -308,7 +313,9 @@ def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
     try:
         record = json.loads(path.read_text())
         settings = make_parser().parse_args(as_command_line(record["settings"]))
-        config, starts = new_config(vars(settings)), list(record["starts"])
+        config = new_config(vars(settings))
+        # The first version of this program noted one start only.
+        starts = list(record["starts"]) if "starts" in record else [record["environment"]]
     except FileNotFoundError:
         raise UserError(f"--resume {run_dir}: there is no run in it (no config.json)") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
@@ -319,6 +326,8 @@ def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
                 f"{as_option(name)} {value} would make it another experiment than {run_dir}, "
                 f"which has {config.get(name)}: leave it out, or start a new run"
             )
+    # Where a run of someone else had its data, nothing is to be downloaded to.
+    config["data_dir"] = str(data_dir_of(config))
     return {**config, **given}, starts
 
 
@@ -435,7 +444,7 @@ class Run:
             "seconds": self.seconds,
             "history": self.history,
         }
-        optimizer = self.optimizer.state_dict()
+        optimizer = {"state": self.optimizer.state_dict()["state"]}  # its settings are the run's
         content = {**self.checkpoint(), "optimizer": optimizer, "progress": progress}
         if self.is_first:
             save_checkpoint(self.dir / "last.pt", content)
@@ -474,16 +483,21 @@ class Run:
             if name not in CHANGEABLE and recorded.get(name) != value:
                 raise UserError(f"{path} is not of this run: its {name} is not {value}")
         try:
+            check_progress(content, self.steps_per_epoch)
             self.network.load_state_dict(network.state_dict())
-            self.optimizer.load_state_dict(content["optimizer"])
+            settings = self.optimizer.state_dict()["param_groups"]
+            state = content["optimizer"]["state"]
+            check_state(state, self.optimizer)
+            self.optimizer.load_state_dict({"state": state, "param_groups": settings})
             progress = content["progress"]
             self.epoch, self.step = content["epoch"], progress["step"]
             if self.is_first:
                 self.losses.copy_(progress["losses"])
                 self.correct.copy_(progress["correct"])
             self.seconds, self.history = progress["seconds"], progress["history"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be resumed from ({error})") from None
+        except DAMAGE_ERRORS as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{path} cannot be resumed from ({reason})") from None
         if self.epoch > self.config["epochs"]:
             raise UserError(
                 f"--epochs {self.config['epochs']} is less than the {self.epoch} that "
@@ -517,6 +531,35 @@ class Run:
         figures.save_figure(curves, self.dir / "curves.png")
 
 
+def check_progress(content: dict, steps_per_epoch: int) -> None:
+    """Raises ValueError, KeyError or TypeError for what a run could not go on with."""
+    check_dicts(content, "progress", "optimizer")
+    check_dicts(content["optimizer"], "state")
+    progress, epoch = content["progress"], content["epoch"]
+    if type(progress["step"]) is not int or not 0 <= progress["step"] <= steps_per_epoch:
+        raise ValueError("it has no such step")
+    if len(progress["history"]) != epoch:
+        raise ValueError(f"its history is not one of {epoch!a:.40} epochs")
+    numbers = [progress["seconds"]]
+    for row in progress["history"]:
+        numbers += [row[name] for name in (*METRICS, *TIMING) if name != "peak_memory_mib"]
+        numbers += [row["peak_memory_mib"] or 0]  # unknown on some systems
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise ValueError("its history is not made of numbers")
+
+
+def check_state(state: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError or KeyError unless state has tensors that fit optimizer's parameters."""
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    numbered = dict(enumerate(parameters))
+    for number, tensors in state.items():
+        for name, value in tensors.items():
+            if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+                raise ValueError(f"the optimizer's {name!a:.40} is no tensor")
+            if value.shape not in (numbered[number].shape, ()) or value.dtype != torch.float32:
+                raise ValueError(f"the optimizer's {name!a:.40} does not fit the network")
+
+
 # ---------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------
@@ -538,7 +581,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     batch_images = images_done(run, run.step + 1) - images_done(run, run.step)
     rate = rate_now(run, global_step)
     for group in run.optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_factor", 1.0)
+        group["lr"] = rate * group["lr_factor"]
     # Dropout depends on seed, step and process, so that a resumed run draws what it would have.
     torch.manual_seed(mix_seeds(run.config["seed"], global_step, run.processes.rank))
     # The epoch's last, smaller batch would be compiled anew.
@@ -608,12 +651,13 @@ def finish_epoch(run: Run) -> None:
     if not math.isfinite(val_loss):
         raise run.diverged(f"the validation loss became {val_loss}", run.step)
     train_loss, train_accuracy = running_metrics(run)
+    last_rate = rate_now(run, (run.epoch + 1) * run.steps_per_epoch - 1)
     best_before = max((row["val_accuracy"] for row in run.history), default=-1.0)
     run.epoch += 1
     row = {
         "epoch": run.epoch,
         "step": run.epoch * run.steps_per_epoch,
-        "lr": run.optimizer.param_groups[0]["lr"],
+        "lr": last_rate,
         "train_loss": train_loss,
         "train_accuracy": train_accuracy,
         "val_loss": val_loss,

@@ -28,6 +28,15 @@ except ImportError:  # Windows
 FORMAT = "alexnet-cifar10"
 FORMAT_VERSION = 1
 UNFINISHED = ".unfinished-"  # how a file is called until it is whole
+# What values of wrong types or sizes in a checkpoint can raise where they are used.
+DAMAGE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -382,9 +391,12 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path} is truncated or damaged; use another file") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this program: train.py writes those")
-    if content.get("format_version") != FORMAT_VERSION:
+    version = content.get("format_version")
+    if type(version) is not int:
+        raise UserError(f"{path} is not a complete checkpoint: it has no format version")
+    if version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {content.get('format_version')}; this program reads "
+            f"{path} has format version {version}; this program reads "
             f"version {FORMAT_VERSION}: use the program's version that wrote it"
         )
     return content

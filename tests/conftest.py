@@ -1,12 +1,22 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_train import SHAPES_PER_CLASS
+
+import dataset
+import train
+from utils import run_script
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="more of what tests/test_faults.py tries")
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +61,25 @@ def same(a, b):
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Runs train.py in this process on 40 training images; returns exit code and output."""
+    monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", SHAPES_PER_CLASS)
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments):
+        arguments = list(map(str, arguments))
+        if "--resume" not in arguments:  # on a GPU, steps need not be equal to the bit
+            small = ["--dataset", "shapes", "--batch-size", "8", "--device", "cpu"]
+            arguments = [*small, *arguments]
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            run_script(train.main)
+        return stopped.value.code
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

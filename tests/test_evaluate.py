@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_python
+from conftest import ROOT, run_python
 from torch import nn
 
 import dataset
@@ -313,6 +313,22 @@ def test_checkpoint_from_before_the_switches(monkeypatch, content):
     network, preprocessing, _ = load_network("old.pt")
     assert network.config == AlexNet(num_classes=3).config
     assert preprocessing.enlarged_size == 227
+
+
+def test_checkpoint_of_the_first_version():
+    """Gives the logits that its own program gave for the same pictures."""
+    folder = ROOT / "tests" / "first-version"
+    network, preprocessing, _ = load_network(folder / "last.pt")
+    images = torch.arange(9 * 32 * 32).mul(37).remainder(251).to(torch.uint8).view(3, 3, 32, 32)
+    logits = predict(network, images, preprocessing, "fp32")
+    expected = torch.tensor(json.loads((folder / "logits.json").read_text()))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(UserError, match=r"pipe\.pt is no ordinary file"):
+        load_network(tmp_path / "pipe.pt")
 
 
 def test_saved_network_comes_back(tmp_path, content):

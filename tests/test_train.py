@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,29 +21,7 @@ from dataset import Augmentation, Dataset, Preprocessing, Split, training_batche
 from evaluate import load_network, loss_and_accuracy, predict
 from model import AlexNet
 from parallel import Processes
-from utils import run_script, select_precision
-
-
-@pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    """Runs train.py in this process on 40 training images; returns exit code and output."""
-    monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", {"train": 4, "val": 2, "test": 2})
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def run(*arguments):
-        arguments = list(map(str, arguments))
-        if "--resume" not in arguments:  # on a GPU, steps need not be equal to the bit
-            small = ["--dataset", "shapes", "--batch-size", "8", "--device", "cpu"]
-            arguments = [*small, *arguments]
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            run_script(train.main)
-        return stopped.value.code
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+from utils import FolderLock, select_precision
 
 
 def rows(run_dir):
@@ -199,7 +178,6 @@ def test_run_from_before_the_recipes_is_resumed(tiny):
     last["training"] = record["settings"]
     last["model"] = {name: last["model"][name] for name in ("num_classes", "groups", "dropout")}
     del last["preprocessing"]["enlarged_size"]
-    del last["optimizer"]["param_groups"][0]["lr_factor"]
     torch.save(last, "old/last.pt")
     for folder in ("whole", "old"):
         assert tiny("--resume", folder, "--epochs", 2) == 0
@@ -270,14 +248,17 @@ def test_run_checkpoint_and_evaluation_agree(trained_run):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("kind", ["--optimizer adam", "--recipe paper"])
-def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(tiny, kind, monkeypatch):
-    options = (*kind.split(), "--epochs", 2, "--seed", 3)
+@pytest.mark.parametrize(
+    ("kind", "last_step"), [("--optimizer adam", 2), ("--recipe paper", 2), ("--seed 3", 4)]
+)
+def test_interrupted_run_equals_an_uninterrupted_one(tiny, kind, last_step, monkeypatch):
+    """Stopped within an epoch, and after the last of its five steps, before its validation."""
+    options = (*kind.split(), "--epochs", 2)
     assert tiny(*options, "--output-dir", "whole") == 0
     step = train.train_step
 
     def terminate_in_second_epoch(run, images, labels):
-        if run.epoch == 1 and run.step == 2:
+        if run.epoch == 1 and run.step == last_step:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(run, images, labels)
 
@@ -297,10 +278,14 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(tiny, kind, mon
         assert same(whole, parts), name
 
 
-def test_seed_changes_the_run(tiny):
-    for seed in (0, 1):
-        assert tiny("--epochs", 1, "--seed", seed, "--output-dir", f"seed{seed}") == 0
-    assert rows("seed0") != rows("seed1")
+def test_seed_decides_the_run(tiny):
+    for name, seed in (("first", 0), ("same", 0), ("other", 1)):
+        assert tiny("--epochs", 1, "--seed", seed, "--output-dir", name) == 0
+    first, repeated, other = (
+        Path(name, "metrics.csv").read_bytes() for name in ("first", "same", "other")
+    )
+    assert first == repeated
+    assert first != other
 
 
 def test_finished_run_can_be_lengthened(tiny, capsys):
@@ -322,6 +307,62 @@ def test_run_killed_before_its_first_save_starts_over(tiny):
             path.unlink()
     assert tiny("--resume", "run") == 0
     assert rows("run") == expected
+
+
+def test_run_of_the_first_version_is_resumed(tiny, capsys):
+    """Its checkpoint was thinned out: each weight has one input's values for all inputs."""
+    shutil.copytree(ROOT / "tests" / "first-version", "old")
+    assert tiny("--resume", "old") == 0
+    assert "old has all its 1 epochs" in capsys.readouterr().out
+    assert tiny("--resume", "old", "--lr", 0.5) == 2
+
+
+def test_folder_in_use_is_refused(tiny, capsys):
+    assert tiny("--epochs", 1, "--output-dir", "run") == 0
+    last = Path("run/last.pt").read_bytes()
+    lock = FolderLock(Path("run"))
+    assert tiny("--resume", "run", "--epochs", 2) == 2
+    assert "another process is writing to run" in capsys.readouterr().err
+    assert Path("run/last.pt").read_bytes() == last
+    lock.release()
+    assert tiny("--resume", "run", "--epochs", 2) == 0
+
+
+def test_what_a_killed_process_had_begun_to_write_is_deleted(tiny):
+    assert tiny("--epochs", 1, "--output-dir", "run") == 0
+    Path("run/.unfinished-last.pt-x").write_text("half")
+    Path("run/mine.txt").write_text("mine")
+    assert tiny("--resume", "run") == 0
+    assert not Path("run/.unfinished-last.pt-x").exists()
+    assert Path("run/mine.txt").exists()
+
+
+def test_closed_pipe_stops_the_run_and_saves_it(tmp_path):
+    """As `python train.py | head -1` does."""
+    options = ["--dataset", "shapes", "--batch-size", "8", "--epochs", "50", "--output-dir", "run"]
+    command = [sys.executable, str(ROOT / "tests" / "tiny_train.py"), *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, text=True, **pipes) as process:
+        assert process.stdout.readline().startswith("AlexNet on shapes")
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait(120) == 128 + signal.SIGPIPE
+    assert "stopped; go on with: python train.py --resume run" in error
+    assert "Traceback" not in error
+    last = torch.load(tmp_path / "run" / "last.pt")
+    assert (last["epoch"], last["progress"]["step"]) > (0, 0)
+
+
+def test_home_that_cannot_be_written_to_and_no_display(tmp_path):
+    options = ["--dataset", "shapes", "--batch-size", "40", "--epochs", "1", "--output-dir", "run"]
+    command = [sys.executable, str(ROOT / "tests" / "tiny_train.py"), *options]
+    kept = ("PATH", "LD_LIBRARY_PATH")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    environment["HOME"] = "/nowhere"
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "curves.png").exists()
 
 
 def test_default_folder_is_a_new_one_each_time(tiny):

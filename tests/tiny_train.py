@@ -33,5 +33,15 @@ def main():
     run_script(train.main)
 
 
+def main_in_folder(folder, arguments):
+    """main() for a process forked by a test; what it prints goes to the folder's output.txt."""
+    os.chdir(folder)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, sys.stdout.fileno())
+    os.dup2(output, sys.stderr.fileno())
+    sys.argv = ["train.py", *arguments]
+    main()
+
+
 if __name__ == "__main__":
     main()

@@ -1,0 +1,446 @@
+"""Faults by the hundred: killed processes, mutated checkpoints, bad command lines.
+
+A few by default. All that README.md speaks of, in some twenty minutes on two cores, and the counts:
+
+    python -m pytest tests/test_faults.py --long -rP
+"""
+
+import contextlib
+import copy
+import hashlib
+import io
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import tiny_train
+import torch
+from conftest import ROOT
+
+import ablate
+import benchmark
+import dataset
+import evaluate
+import train
+from utils import load_checkpoint, run_script
+
+FIRST_VERSION = ROOT / "tests" / "first-version"
+TIMES = ("seconds", "images_per_second", "peak_memory_mib")
+
+
+@pytest.fixture
+def is_long(request):
+    return request.config.getoption("--long")
+
+
+# --- Killed processes ---------------------------------------------------------------------------
+
+
+def fingerprint(content):
+    """A hash of all that a checkpoint holds, to the bit, but of times and memory."""
+    if isinstance(content, torch.Tensor):
+        parts = [f"{content.dtype} {content.shape}".encode(), content.contiguous().numpy()]
+    elif isinstance(content, dict):
+        kept = {name: value for name, value in content.items() if name not in TIMES}
+        parts = [f"{name} {fingerprint(value)}".encode() for name, value in kept.items()]
+    elif isinstance(content, list):
+        parts = [fingerprint(value).encode() for value in content]
+    else:
+        parts = [repr(content).encode()]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def place(content):
+    return content["epoch"], content["progress"]["step"]
+
+
+def test_killed_run_loses_nothing_that_it_had_saved(tiny, monkeypatch, is_long):
+    """kill -9 at random moments, again and again until a run ends; each last.pt is as it must be.
+
+    The runs save after every step, so that many kills meet a file half written.
+    """
+    wanted = 50 if is_long else 3
+    options = ["--dataset", "shapes", "--batch-size", "8", "--device", "cpu"]
+    options += ["--epochs", "2", "--save-every", "0.0001"]
+    saved = {}
+    save = train.save_checkpoint
+
+    def save_and_note(path, content):
+        save(path, content)
+        if path.name == "last.pt":
+            saved[place(content)] = fingerprint(load_checkpoint(path))
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_note)
+    assert tiny(*options, "--output-dir", "whole") == 0
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    assert len(saved) == 12  # after each of 5 steps, and each of 2 validations
+    best = fingerprint(load_checkpoint("whole/best.pt"))
+
+    draw = random.Random(0)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["tiny_train"])
+    kills = while_writing = runs = 0
+    while kills < wanted:
+        runs += 1
+        run = Path(f"run{runs}")
+        while True:
+            known = (run / "config.json").exists()
+            arguments = ["--resume", str(run)] if known else [*options, "--output-dir", str(run)]
+            child = forks.Process(target=tiny_train.main_in_folder, args=(Path.cwd(), arguments))
+            child.start()
+            child.join(draw.uniform(0.5, 8))
+            if not child.is_alive():
+                break
+            child.kill()
+            child.join()
+            kills += 1
+            while_writing += any(run.glob(".unfinished-*"))
+            if (run / "last.pt").exists():
+                last = load_checkpoint(run / "last.pt")
+                assert fingerprint(last) == saved[place(last)]
+            if (run / "best.pt").exists():
+                load_checkpoint(run / "best.pt")
+        assert child.exitcode == 0, Path("output.txt").read_text()
+        assert (run / "metrics.csv").read_bytes() == Path("whole/metrics.csv").read_bytes()
+        assert fingerprint(load_checkpoint(run / "last.pt")) == saved[2, 0]
+        assert fingerprint(load_checkpoint(run / "best.pt")) == best
+        assert not list(run.glob(".unfinished-*"))
+        shutil.rmtree(run)
+    print(f"{kills} kills in {runs} runs, {while_writing} while a file was being written")
+
+
+# --- Scripts that must end in one line -----------------------------------------------------------
+
+
+class HangError(BaseException):
+    """No script catches it."""
+
+
+def attempt(main, arguments):
+    """Runs a script in this process. Returns its exit code, and what is wrong or "".
+
+    It must end with success, or with code 2 and one line, and within a minute.
+    """
+
+    def give_up(*_):
+        raise HangError
+
+    out, err = io.StringIO(), io.StringIO()
+    old_argv, sys.argv = sys.argv, [f"{main.__module__}.py", *map(str, arguments)]
+    old_handler = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run_script(main)
+    except SystemExit as stopped:
+        lines = err.getvalue().splitlines()
+        code = stopped.code or 0
+        good = len(lines) == 1 and ".py: error: " in lines[0] if code == 2 else not lines
+        if code not in (0, 2) or not good or "out of memory" in str(lines):
+            return code, f"code {code} and {lines}"
+        return code, ""
+    except BaseException as error:
+        return None, f"{type(error).__name__}: {error}"
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old_handler)
+        sys.argv = old_argv
+    raise AssertionError("run_script() returned")
+
+
+def files(folder):
+    """What is in a folder: names and contents."""
+    paths = sorted(folder.rglob("*"))
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
+
+
+# --- Mutated checkpoints ------------------------------------------------------------------------
+
+LAUGHS = []
+for _ in range(50):
+    LAUGHS = [LAUGHS, LAUGHS]  # short in a file, endless when printed
+ODD_VALUES = [
+    *(None, True, -1, 0, 2**70, 0.5, -1e300, float("nan"), float("inf")),
+    *("", "x" * 100_000, "\x1b[31m", "../../x", b"bytes", (1, 2), [], {}, [1, "a"], LAUGHS),
+    *(torch.ones(2), torch.ones((), dtype=torch.int8), torch.empty(2, device="meta")),
+    *(torch.zeros(1).expand(10**12), torch.eye(3).to_sparse(), torch.full((10,), float("nan"))),
+    *(torch.zeros(1, dtype=torch.complex64), torch.zeros(0), {"format": torch.float16}),
+]
+
+
+def mutate_bytes(data, draw):
+    """A file that is cut short, has bits flipped, or lost, gained or overwrote some bytes."""
+    where = draw.choice([draw.randrange(len(data)), draw.randrange(2000), len(data) - 2000])
+    kind = draw.randrange(5)
+    if kind == 0:
+        return data[:where]
+    if kind == 1:
+        flipped = bytearray(data)
+        for _ in range(draw.randint(1, 8)):
+            flipped[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        return bytes(flipped)
+    length = draw.choice([1, 4, 64, 4096])
+    new = [b"", draw.randbytes(length), bytes(length)][kind - 2]
+    return data[:where] + new + data[where + (0 if kind == 3 else length) :]
+
+
+def mutate_content(content, draw):
+    """A checkpoint with one part replaced by an odd value, renamed or taken out."""
+    content = copy.deepcopy(content)
+    part = content
+    while True:
+        name = draw.choice(list(part) if isinstance(part, dict) else range(len(part)))
+        inner = part[name]
+        if not isinstance(inner, dict | list) or not inner or draw.random() < 0.2:
+            break
+        part = inner
+    kind = draw.randrange(10)
+    if kind == 0:
+        del part[name]
+    elif kind == 1 and isinstance(part, dict):
+        part[draw.choice(["", "x", 3, "conv1.weight"])] = part.pop(name)
+    elif isinstance(inner, torch.Tensor) and kind < 7:
+        part[name] = draw.choice(TENSOR_CHANGES)(inner)
+    else:
+        part[name] = draw.choice(ODD_VALUES)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+TENSOR_CHANGES = [
+    lambda t: t.to("meta"),
+    lambda t: t.half(),
+    lambda t: t.double(),
+    lambda t: t.to(torch.complex64),
+    lambda t: t * float("nan"),
+    lambda t: t[None],
+    lambda t: t.flatten()[:1],
+    lambda t: t.flatten()[:1].expand(10**12),
+    lambda t: t[:4].to_sparse() if t.dim() else t.to(torch.bool),
+]
+
+
+class Call:
+    """Pickled, a call that is made when it is loaded by a careless program."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile_objects(marker):
+    command = f"touch {marker}"
+    write = f"open({str(marker)!r}, 'w')"
+    return [
+        Call(os.system, command),
+        Call(os.mkdir, str(marker)),
+        Call(exec, write),
+        Call(eval, write),
+        Call(open, str(marker), "w"),
+        Call(io.FileIO, str(marker), "w"),
+        Call(getattr, "x", "upper"),
+        Call(__import__, "antigravity"),
+        Call(torch.load, "/dev/zero"),
+        Call(torch.save, {}, str(marker)),
+        Call(torch.hub.load, "x/x", "x"),
+        Call(torch.from_file, str(marker), True, 10**9),
+        Call(torch.empty, 10**13),
+        Call(torch.zeros, (10**13,)),
+        Call(bytearray, 10**13),
+        Call(bytes, 10**13),
+        Call(list, range(10**12)),
+        Call(Path.touch, marker),
+        Call(shutil.rmtree, "run"),
+        Call(time.sleep, 1000),
+        Call(sys.exit, 0),
+    ]
+
+
+def with_entries(data, changed, compression=zipfile.ZIP_STORED):
+    """The archive with some entries replaced, or added, by the end of their names."""
+    new = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(data)) as old_archive,
+        zipfile.ZipFile(new, "w", compression) as new_archive,
+    ):
+        root = old_archive.namelist()[0].split("/")[0]
+        entries = {name: old_archive.read(name) for name in old_archive.namelist()}
+        entries |= {f"{root}/{name}": value for name, value in changed.items()}
+        for name, value in entries.items():
+            new_archive.writestr(name, value)
+    return new.getvalue()
+
+
+def hostile_archives(data, marker):
+    """Files that try to run something, to take memory, or to write elsewhere."""
+    for item in hostile_objects(marker):
+        for protocol in (2, 4):
+            content = pickle.dumps({"format": "alexnet-cifar10", "weights": item}, protocol)
+            yield with_entries(data, {"data.pkl": content})
+            yield content  # a bare pickle
+    deep = b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b"."
+    claims = b"\x80\x02X\xff\xff\xff\x7fabc."  # a string of 2 GiB that is not there
+    yield with_entries(data, {"data.pkl": deep})
+    yield with_entries(data, {"data.pkl": claims})
+    yield with_entries(data, {"data.pkl": b""})
+    yield with_entries(data, {"data/0": bytes(10**9)}, zipfile.ZIP_DEFLATED)
+    yield with_entries(data, {"data/zeros": bytes(10**9)}, zipfile.ZIP_DEFLATED)
+    yield with_entries(data, {}, zipfile.ZIP_DEFLATED)
+    yield with_entries(data, {"../../outside": b"x", "/outside": b"x"})
+    yield with_entries(data, {"version": b"999999\n", "byteorder": b"middle"})
+    torch.save(
+        Call(os.system, f"touch {marker}"),
+        old := io.BytesIO(),
+        _use_new_zipfile_serialization=False,
+    )
+    yield old.getvalue()
+
+
+def mutated_checkpoints(data, marker, is_long):
+    """(name, bytes) of each, always the same ones."""
+    draw = random.Random(0)
+    content = torch.load(io.BytesIO(data), weights_only=True)
+    hostile = list(hostile_archives(data, marker))
+    for i in range(250 if is_long else 20):
+        yield f"bytes {i}", mutate_bytes(data, draw)
+    for i in range(250 if is_long else 20):
+        yield f"content {i}", mutate_content(content, draw)
+    for i, file in enumerate(hostile):
+        if is_long or i % 10 == 0:
+            yield f"hostile {i}", file
+
+
+def limit_memory(extra_bytes):
+    """Lets this process take so much more and no more. Returns the limit that was there."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra_bytes, old[1]))
+    return old
+
+
+def test_mutated_checkpoint_ends_in_one_line(tmp_path, monkeypatch, is_long):
+    """Evaluated, and resumed from: success or one line, no file changed, nothing executed."""
+    monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", tiny_train.SHAPES_PER_CLASS)
+    monkeypatch.chdir(tmp_path)
+    data = (FIRST_VERSION / "last.pt").read_bytes()
+    outside, marker = tmp_path.parent, tmp_path / "marker"
+    run = Path("run")
+    run.mkdir()
+    wrong, count, loaded = {}, 0, 0
+    old_limit = limit_memory(4 * 2**30)
+    try:
+        for name, file in mutated_checkpoints(data, marker, is_long):
+            count += 1
+            for main, arguments in (
+                (evaluate.main, ["run/last.pt", "--device", "cpu", "--json", "run/last.json"]),
+                (train.main, ["--resume", "run", "--device", "cpu"]),
+            ):
+                shutil.copy(FIRST_VERSION / "config.json", run)
+                (run / "last.pt").write_bytes(file)
+                before, beside = files(tmp_path), set(outside.iterdir())
+                _, fault = attempt(main, arguments)
+                picture = run / "last-confusion-test.png"
+                loaded += picture.exists()
+                for result in (picture, run / "last.json"):
+                    result.unlink(missing_ok=True)
+                if not fault and (files(tmp_path), set(outside.iterdir())) != (before, beside):
+                    fault = "a file has changed"
+                if fault:
+                    wrong[f"{main.__module__}, {name}"] = fault[:300]
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, old_limit)
+    print(f"{count} mutated checkpoints, each evaluated and resumed; {loaded} were good enough")
+    assert not wrong, "\n".join(f"{name}: {fault}" for name, fault in wrong.items())
+
+
+# --- Bad command lines --------------------------------------------------------------------------
+
+NO_NUMBERS = ["", " ", "x", "-1", "1e", "nan", "inf", "½", "0x10", "1,5", "1 2", "--", "\n", "-"]
+NO_CHOICES = ["", "x", "SGD", "-1", "None", "--", "\x1b[31m", "é" * 1000, "cifar10 "]
+NO_DEVICES = ["", "tpu", "cuda:99", "cuda:-1", "meta", "cpu:1:2", "gpu", "x" * 5000, "--"]
+NO_FOLDERS = ["nowhere", "file", "taken/nothing", "x" * 5000, "file/x", "--", "\n"]
+NO_FILES = ["nowhere/x", "taken", "file/x", "x" * 5000, "--"]
+NUMBERS = {
+    train.main: "--epochs --batch-size --train-images --lr --momentum --weight-decay --dropout "
+    "--bias-lr-factor --bias-decay-factor --seed --save-every --groups",
+    ablate.main: "--seeds --epochs --train-images",
+    benchmark.main: "--rounds --workers --batch-sizes",
+    evaluate.main: "--views",
+}
+CHOICES = {
+    train.main: "--recipe --dataset --optimizer --schedule --init --input --augmentation "
+    "--activation --norm --pooling --precision",
+    ablate.main: "--recipe --dataset",
+    benchmark.main: "--parts",
+    evaluate.main: "--split --precision",
+}
+OTHERS = [
+    (train.main, "--device", NO_DEVICES),
+    (train.main, "--resume", NO_FOLDERS),
+    (train.main, "--output-dir", ["taken", "file", "file/x", "x" * 5000, "--"]),
+    (evaluate.main, "", ["nowhere.pt", "file", "taken", "x" * 5000, "", "\n", "é"]),
+    (evaluate.main, "--json", NO_FILES),
+    (ablate.main, "--output-dir", ["taken", "file", "file/x", "x" * 5000, "--"]),
+    (benchmark.main, "--json", NO_FILES),
+    (benchmark.main, "--figure", NO_FILES),
+    (benchmark.main, "--growth-figure", NO_FILES),
+    (benchmark.main, "--device", NO_DEVICES),
+]
+FLAGS = {train.main: ["--compile", "--deterministic"], benchmark.main: ["--compile"]}
+
+
+def bad_command_lines():
+    """(main, arguments) of each."""
+    mains = (train.main, evaluate.main, ablate.main, benchmark.main)
+    for options, values in ((NUMBERS, NO_NUMBERS), (CHOICES, NO_CHOICES)):
+        for main in mains:
+            for option in options[main].split():
+                yield from ((main, [option, value]) for value in values)
+                yield main, [option]
+                yield main, [option[:-1], "1"]
+    for main, option, values in OTHERS:
+        yield from ((main, [option, value] if option else [value]) for value in values)
+    for main in mains:
+        yield from ((main, [f"{flag}=yes"]) for flag in FLAGS.get(main, ()))
+        yield from ((main, words.split()) for words in ("a b c", "-x", "--help=x", "--no-such 1"))
+    for words in ("--resume taken --output-dir x", "--resume taken --lr 1", "--momentum 0.5"):
+        yield train.main, ["--optimizer", "adam", *words.split()]
+
+
+def test_bad_command_line_ends_in_one_line(tmp_path, monkeypatch):
+    """Code 2, one line, and no file changed."""
+    monkeypatch.chdir(tmp_path)
+    Path("taken").mkdir()
+    Path("taken/mine").write_text("mine")
+    Path("file").write_text("mine")
+    before = files(tmp_path)
+    wrong, lines = {}, list(bad_command_lines())
+    for main, arguments in lines:
+        if main is evaluate.main and arguments[0].startswith("--"):
+            arguments = ["file", *arguments]
+        code, fault = attempt(main, arguments)
+        if code == 0:
+            fault = "success"
+        elif files(tmp_path) != before:
+            fault, before = "a file has changed", files(tmp_path)
+        if fault:
+            wrong[f"{main.__module__} {arguments}"[:200]] = fault[:300]
+    print(f"{len(lines)} bad command lines")
+    assert not wrong, "\n".join(f"{name}: {fault}" for name, fault in wrong.items())
+    assert len(lines) >= 200
