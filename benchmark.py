@@ -8,11 +8,13 @@ not change the work.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
 import os
 import signal
+import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -198,7 +200,7 @@ def our_call(case: Case, device: torch.device) -> Callable[[], None]:
         return our_inference(case, device)
     if case.part == "step":
         run = our_run(case, device)
-        images, labels = random_batch(case, device)
+        images, labels = (part[run.processes.share] for part in random_batch(case, device))
         images = images.contiguous(memory_format=torch.channels_last)
         return lambda: train_step(run, images, labels)
 
@@ -323,9 +325,10 @@ def synchronise(device: torch.device) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def work(case: Case, connection) -> None:
+def work(case: Case, connection, variables: dict) -> None:
     """The life of a process: measures the case, until the other end says stop or is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this
+    os.environ.update(variables)
     try:
         answer(case, connection)
     except (EOFError, ConnectionError):
@@ -341,7 +344,11 @@ def answer(case: Case, connection) -> None:
         keep_freed_memory()
     if case.part == "pipeline-1-core":
         torch.set_num_threads(1)
-    device = torch.device(case.device)
+    device, processes = torch.device(case.device), Processes()
+    if processes.count > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes.count))
+        processes.connect()
+        device = processes.select_device(device.type)
     operations = None
     if case.side == "product":
         call, operations = product_call(case, device)
@@ -349,7 +356,7 @@ def answer(case: Case, connection) -> None:
         call = textbook_call(case, device)
     else:
         call = our_call(case, device)
-    repeats = repeats_of(call, device)
+    [repeats] = processes.highest(repeats_of(call, device))
     connection.send(operations)
     while connection.recv() == "turn":
         connection.send(seconds_of(call, repeats, device))
@@ -359,20 +366,22 @@ def answer(case: Case, connection) -> None:
 class Worker:
     """A process that measures one case, seen from the outside."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, variables: dict | None = None):
         self.case = case
         self.seconds: list[float] = []
         context = multiprocessing.get_context("spawn")
         self.connection, other_end = context.Pipe()
         # Not a daemon: a textbook side has worker processes of its own.
-        self.process = context.Process(target=work, args=(case, other_end))
+        self.process = context.Process(target=work, args=(case, other_end, variables or {}))
         self.process.start()
         other_end.close()
 
     def ask(self, message: str):
         """The process's answer. Raises UserError if it failed or is no more."""
+        return ask_all([self], message)[0]
+
+    def answer(self):
         try:
-            self.connection.send(message)
             result = self.connection.recv()
         except (EOFError, ConnectionError):
             result = UserError(f"measuring {self.case} was ended, perhaps for want of memory")
@@ -394,6 +403,14 @@ class Worker:
         return memory
 
 
+def ask_all(workers: list[Worker], message: str) -> list:
+    """What each process answers, all of them being asked before the first answer is waited for."""
+    for worker in workers:
+        with contextlib.suppress(ConnectionError):  # which answer() reports
+            worker.connection.send(message)
+    return [worker.answer() for worker in workers]
+
+
 def measure(cases: list[Case], rounds: int) -> list[dict]:
     """A row for each case but the products, measured in turns."""
     workers = [Worker(case) for case in cases]
@@ -407,7 +424,7 @@ def measure(cases: list[Case], rounds: int) -> list[dict]:
         for worker in workers:
             worker.connection.close()  # which ends a process that still waits
     peaks = {
-        worker.case.precision: max(count / s for s in worker.seconds)
+        worker.case.precision: [count / s for s in worker.seconds]
         for worker, count in zip(workers, operations, strict=True)
         if count
     }
@@ -422,7 +439,7 @@ def measure(cases: list[Case], rounds: int) -> list[dict]:
 def row_of(worker: Worker, textbook: Worker, memory: int | None, peaks: dict) -> dict:
     """Medians over the rounds with the lowest and the highest.
 
-    Ratios are taken round by round; peaks are the highest operations per second, by precision.
+    Ratios are taken round by round; peaks are a product's operations per second, by precision.
     """
     case = worker.case
     row = asdict(case) | {
@@ -435,8 +452,9 @@ def row_of(worker: Worker, textbook: Worker, memory: int | None, peaks: dict) ->
     }
     if case.precision in peaks:
         work = case.images * operations_per_image(training=case.part != "inference")
-        row["peak_gflops"] = peaks[case.precision] / 1e9
-        row["share_of_peak"] = spread(work / s / peaks[case.precision] for s in worker.seconds)
+        turns = list(zip(worker.seconds, peaks[case.precision], strict=True))
+        row["peak_gflops"] = spread(peak / 1e9 for _, peak in turns)
+        row["share_of_peak"] = spread(work / seconds / peak for seconds, peak in turns)
     return row
 
 
@@ -495,21 +513,43 @@ def sides_of(precision: str, with_compile: bool) -> list[tuple[str, str]]:
 
 
 def measure_growth(precision: str, device: torch.device) -> list[dict]:
-    """Time and memory of a training step by batch size."""
+    """Time and memory of a training step by number of processes and batch size."""
+    most = torch.cuda.device_count() if device.type == "cuda" else 2
+    counts = [2**i for i in range(most.bit_length()) if 2**i <= most]
+    pairs = [(count, size) for count in counts for size in GROWTH_BATCH_SIZES if size >= count]
     rows = []
-    for batch_size in tqdm(GROWTH_BATCH_SIZES, "batch sizes", leave=False, disable=None):
+    for count, batch_size in tqdm(pairs, "batch sizes", leave=False, disable=None):
         case = Case("step", "here", precision, batch_size, batch_size, str(device), 0)
-        worker = Worker(case)
-        try:
-            worker.prepare()
-            for _ in range(3):
-                worker.turn()
-            memory = worker.finish()
-        finally:
-            worker.connection.close()
-        seconds = statistics.median(worker.seconds)
-        rows.append({"batch_size": batch_size, "seconds": seconds, "peak_memory_mib": memory})
+        rows.append({"processes": count, "batch_size": batch_size, **measure_together(case, count)})
     return rows
+
+
+def measure_together(case: Case, count: int) -> dict:
+    """Time of a step, and memory, of so many processes that share its batch."""
+    workers = [Worker(case, variables) for variables in places(count)]
+    try:
+        ask_all(workers, "prepare")
+        seconds = [max(ask_all(workers, "turn")) for _ in range(3)]
+        memory = ask_all(workers, "stop")
+        for worker in workers:
+            worker.process.join()
+    finally:
+        for worker in workers:
+            worker.connection.close()
+    total = None if None in memory else sum(memory)
+    return {"seconds": statistics.median(seconds), "peak_memory_mib": total}
+
+
+def places(count: int) -> list[dict]:
+    """The environment variables that torchrun would give to each of so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    everyone = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        {name: str(value) for name, value in {**everyone, "RANK": i, "LOCAL_RANK": i}.items()}
+        for i in range(count)
+    ]
 
 
 def measure_operations(precision: str, batch_size: int, device: torch.device) -> list[dict]:
@@ -547,9 +587,11 @@ def print_operations(rows: list[dict], batch_size: int) -> None:
 def print_growth(rows: list[dict]) -> None:
     print("\ntraining step by batch size")
     for row in rows:
+        memory = f", {row['peak_memory_mib']:,} MiB" if row["peak_memory_mib"] else ""
         print(
-            f"{row['batch_size']:>6}: {row['seconds']:.4g} s, "
-            f"{row['batch_size'] / row['seconds']:,.4g} images/s, {row['peak_memory_mib']:,} MiB"
+            f"{row['processes']} process{'es' if row['processes'] > 1 else ''}, "
+            f"batch {row['batch_size']}: {row['seconds']:.4g} s, "
+            f"{row['batch_size'] / row['seconds']:,.4g} images/s{memory}"
         )
 
 

@@ -1,5 +1,6 @@
 """Every picture. Each function returns a matplotlib Figure, which a notebook shows as it is."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from utils import atomic_write
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 BLUE, ORANGE = "#0072B2", "#D55E00"
+SERIES = ((BLUE, "o"), (ORANGE, "s"), ("#009E73", "^"), ("#000000", "D"))  # colours and markers
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -188,22 +190,29 @@ def speed(rows: list[dict], title: str) -> Figure:
 
 
 def growth(rows: list[dict], title: str) -> Figure:
-    """Images per second and peak memory of a training step by batch size.
+    """Images per second and peak memory of a training step by batch size, a line for each count.
 
     Args:
-        rows: batch_size, seconds per step and peak_memory_mib, as benchmark.py measured them.
+        rows: processes, batch_size, seconds per step and peak_memory_mib of all processes
+            together, or None, as benchmark.py measured them.
         title: the hardware.
     """
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     rate_axes, memory_axes = figure.subplots(1, 2)
-    sizes = [row["batch_size"] for row in rows]
-    rate = [row["batch_size"] / row["seconds"] for row in rows]
-    memory = [row["peak_memory_mib"] / 1024 for row in rows]
-    for axes, values, label in (
-        (rate_axes, rate, "training step (images/s)"),
-        (memory_axes, memory, "peak memory (GiB)"),
+    counts = sorted({row["processes"] for row in rows})
+    for count, (colour, marker) in zip(counts, SERIES, strict=False):
+        ours = [row for row in rows if row["processes"] == count]
+        sizes = [row["batch_size"] for row in ours]
+        rate = [row["batch_size"] / row["seconds"] for row in ours]
+        memory = [(row["peak_memory_mib"] or math.nan) / 1024 for row in ours]
+        style = {"color": colour, "marker": marker, "markersize": 4}
+        rate_axes.plot(sizes, rate, label=f"{count} process{'es' * (count > 1)}", **style)
+        memory_axes.plot(sizes, memory, **style)
+    sizes = sorted({row["batch_size"] for row in rows})
+    for axes, label in (
+        (rate_axes, "training step (images/s)"),
+        (memory_axes, "peak memory, all processes (GiB)"),
     ):
-        axes.plot(sizes, values, color=BLUE, marker="o", markersize=4)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, sizes)
         axes.tick_params(axis="x", labelsize=8)
@@ -211,5 +220,6 @@ def growth(rows: list[dict], title: str) -> Figure:
         axes.set_xlabel("batch size")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
+    rate_axes.legend(loc="lower right")
     figure.suptitle(title, fontsize=10)
     return figure

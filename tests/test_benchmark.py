@@ -53,12 +53,19 @@ def test_ratios_are_taken_round_by_round():
     case = Case("step", "here", "fp32", 10, 10, "cpu", 1)
     textbook = SimpleNamespace(case=None, seconds=[2.0, 4.0, 8.0])
     ours = SimpleNamespace(case=case, seconds=[1.0, 1.0, 4.0])
-    row = row_of(ours, textbook, 100, {"fp32": 1e12})
+    row = row_of(ours, textbook, 100, {"fp32": [1e12, 2e12, 4e12]})
     assert row["times_the_textbook"] == [2.0, 2.0, 4.0]
     assert row["images_per_second"] == [10.0, 2.5, 10.0]
     operations = 10 * 2 * (3 * sum(MULTIPLY_ADDS.values()) - MULTIPLY_ADDS["conv1"])
-    fast, slow = operations / 1e12, operations / 4e12
-    assert row["share_of_peak"] == pytest.approx([fast, slow, fast])
+    shares = [operations / 1e12, operations / 2e12, operations / 16e12]
+    assert row["share_of_peak"] == pytest.approx([shares[1], shares[2], shares[0]])
+
+
+def test_processes_that_share_a_batch_are_measured_together():
+    case = Case("step", "here", "fp32", 3, 3, "cpu", 0)
+    result = benchmark.measure_together(case, 2)
+    assert 0 < result["seconds"] < 60
+    assert result["peak_memory_mib"] > 2 * 58 * 4 * 3  # twice weights, gradients, momentum
 
 
 def copy_of(network):

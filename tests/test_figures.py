@@ -78,11 +78,13 @@ def test_speed_compares_with_the_textbook():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["training step, fp32"]
 
 
-def test_growth_draws_rate_and_memory():
+def test_growth_draws_rate_and_memory_for_each_number_of_processes():
     rows = [
-        {"batch_size": 1, "seconds": 0.5, "peak_memory_mib": 1024},
-        {"batch_size": 4, "seconds": 1.0, "peak_memory_mib": 2048},
+        {"processes": 1, "batch_size": 1, "seconds": 0.5, "peak_memory_mib": 1024},
+        {"processes": 1, "batch_size": 4, "seconds": 1.0, "peak_memory_mib": 2048},
+        {"processes": 2, "batch_size": 4, "seconds": 0.5, "peak_memory_mib": None},
     ]
     rate, memory = figures.growth(rows, "a machine").axes
-    assert list(rate.lines[0].get_ydata()) == [2.0, 4.0]
+    assert [list(line.get_ydata()) for line in rate.lines] == [[2.0, 4.0], [8.0]]
     assert list(memory.lines[0].get_ydata()) == [1.0, 2.0]
+    assert [text.get_text() for text in rate.get_legend().texts] == ["1 process", "2 processes"]
