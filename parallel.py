@@ -28,15 +28,13 @@ class Processes:
         rank: this process's number, 0..count - 1; number 0 alone writes files and prints.
         count: how many processes there are.
         local_rank: this process's number on its machine.
-        restarts, max_restarts: how often torchrun has started all of them anew after one had
-            died, and how often it may.
+        max_restarts: how often torchrun may start all of them anew after one has died.
     """
 
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         self.max_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
     def connect(self) -> None:

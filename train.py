@@ -815,8 +815,8 @@ def prepare(given: dict, processes: Processes) -> Run:
     resume, output_dir = given.pop("resume", None), given.pop("output_dir", None)
     if processes.max_restarts and not (resume or output_dir):
         raise UserError("torchrun --max-restarts needs --output-dir: a restart must find the run")
-    if processes.restarts and output_dir and (output_dir / "config.json").exists():
-        resume = output_dir  # torchrun has repeated the command that made the run
+    if processes.max_restarts and output_dir and (output_dir / "config.json").exists():
+        resume = output_dir  # torchrun repeats the command that made the run
     processes.connect()
     config, earlier_starts = resumed_config(resume, given) if resume else (new_config(given), [])
     if config["batch_size"] < processes.count:
