@@ -223,3 +223,35 @@ def growth(rows: list[dict], title: str) -> Figure:
     rate_axes.legend(loc="lower right")
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def likeliest(pictures: list, captions: list[str], results: list[list[dict]]) -> Figure:
+    """Fig. 4 left of the paper: pictures, and below each its likeliest classes as bars.
+
+    Args:
+        pictures: uint8 [3, H, W] each.
+        captions: a line for each, such as its true class.
+        results: for each the likeliest classes, with class and probability (0..1), the likeliest
+            first, and right (whether it is the true class) where that is known. Five are drawn.
+    """
+    columns = min(4, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    figure = Figure(figsize=(2.25 * columns, 3.1 * rows), layout="constrained")
+    grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=(2, 1.25) * rows)
+    for axes in grid.flat:
+        axes.axis("off")
+    for place, (picture, caption, result) in enumerate(
+        zip(pictures, captions, results, strict=True)
+    ):
+        row, column = 2 * (place // columns), place % columns
+        image_axes, bar_axes = grid[row, column], grid[row + 1, column]
+        image_axes.imshow(np.asarray(picture).transpose(1, 2, 0), interpolation="nearest")
+        image_axes.set_title(f"{caption:.24}", fontsize=10)
+        for height, item in enumerate(result[:5]):
+            colour = ORANGE if item.get("right") else BLUE
+            bar_axes.barh(height, item["probability"], color=colour, alpha=0.45)
+            label = f"{item['class']} {item['probability']:.0%}"
+            bar_axes.text(0.01, height, label, va="center", fontsize=9)
+        bar_axes.set_xlim(0, 1)
+        bar_axes.set_ylim(4.5, -0.5)
+    return figure

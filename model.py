@@ -281,6 +281,15 @@ class AlexNet(nn.Module):
             nn.init.normal_(self.fc8.weight, std=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.fc8(self.drop7(self.features(x)))
+
+    def features(self, x: Tensor) -> Tensor:
+        """The 4096 numbers by which fc8 tells the classes apart: fc7's outputs after the ReLU.
+
+        Images are alike to the network if these are near each other (paper §6.1, Fig. 4 right).
+
+        Shape: float [N, 3, 227, 227] to [N, 4096].
+        """
         if x.dim() != 4 or x.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(
                 f"AlexNet expects images of shape [N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], "
@@ -293,8 +302,33 @@ class AlexNet(nn.Module):
         x = self.pool5(self.activation(self.conv5(x)))
         x = torch.flatten(x, 1)
         x = self.drop6(self.activation(self.fc6(x)))
-        x = self.drop7(self.activation(self.fc7(x)))
-        return self.fc8(x)
+        return self.activation(self.fc7(x))
+
+    def summary(self) -> str:
+        """A table to print: each layer's output for one image, parameters and multiply-adds."""
+        with torch.device("meta"):  # sizes without the work
+            network, image = AlexNet(**self.config), torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        rows = []
+
+        def note(layer: nn.Module, _, output: Tensor) -> None:
+            weights = sum(weight.numel() for weight in layer.parameters())
+            # A filter's or a row's weights are used once at each place of the output.
+            places = math.prod(output.shape[2:]) if weights else 0
+            products = places * layer.weight.numel() if weights else 0
+            size = " x ".join(map(str, output.shape[1:]))
+            rows.append((names[layer], size, weights, products))
+
+        names = {layer: name for name, layer in network.named_children()}
+        for layer in names:
+            if not isinstance(layer, nn.Dropout) and layer is not network.activation:
+                layer.register_forward_hook(note)
+        network(image)
+        rows.append(("total", "", *(sum(row[i] for row in rows) for i in (2, 3))))
+        lines = [f"{'layer':<8}{'output':<16}{'parameters':>12}{'multiply-adds':>16}"]
+        for name, size, *counts in rows:
+            weights, products = (f"{count:,}" if count else "" for count in counts)
+            lines.append(f"{name:<8}{size:<16}{weights:>12}{products:>16}".rstrip())
+        return "\n".join(lines)
 
 
 def _norm(name: str) -> nn.Module:

@@ -71,9 +71,9 @@ def test_killed_run_loses_nothing_that_it_had_saved(tiny, monkeypatch, is_long):
 
     The runs save after every step, so that many kills meet a file half written.
     """
-    wanted = 50 if is_long else 3
+    wanted, epochs = (50, 2) if is_long else (2, 1)
     options = ["--dataset", "shapes", "--batch-size", "8", "--device", "cpu"]
-    options += ["--epochs", "2", "--save-every", "0.0001"]
+    options += ["--epochs", str(epochs), "--save-every", "0.0001"]
     saved = {}
     save = train.save_checkpoint
 
@@ -85,7 +85,7 @@ def test_killed_run_loses_nothing_that_it_had_saved(tiny, monkeypatch, is_long):
     monkeypatch.setattr(train, "save_checkpoint", save_and_note)
     assert tiny(*options, "--output-dir", "whole") == 0
     monkeypatch.setattr(train, "save_checkpoint", save)
-    assert len(saved) == 12  # after each of 5 steps, and each of 2 validations
+    assert len(saved) == epochs * 6  # after each of 5 steps, and after the validation
     best = fingerprint(load_checkpoint("whole/best.pt"))
 
     draw = random.Random(0)
@@ -101,7 +101,7 @@ def test_killed_run_loses_nothing_that_it_had_saved(tiny, monkeypatch, is_long):
             arguments = ["--resume", str(run)] if known else [*options, "--output-dir", str(run)]
             child = forks.Process(target=tiny_train.main_in_folder, args=(Path.cwd(), arguments))
             child.start()
-            child.join(draw.uniform(0.5, 8))
+            child.join(draw.uniform(0.5, 4 * epochs))
             if not child.is_alive():
                 break
             child.kill()
@@ -115,7 +115,7 @@ def test_killed_run_loses_nothing_that_it_had_saved(tiny, monkeypatch, is_long):
                 load_checkpoint(run / "best.pt")
         assert child.exitcode == 0, Path("output.txt").read_text()
         assert (run / "metrics.csv").read_bytes() == Path("whole/metrics.csv").read_bytes()
-        assert fingerprint(load_checkpoint(run / "last.pt")) == saved[2, 0]
+        assert fingerprint(load_checkpoint(run / "last.pt")) == saved[epochs, 0]
         assert fingerprint(load_checkpoint(run / "best.pt")) == best
         assert not list(run.glob(".unfinished-*"))
         shutil.rmtree(run)

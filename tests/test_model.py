@@ -437,3 +437,35 @@ def test_import_needs_nothing_but_torch():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameters", "products"),
+    # Counted from the layers' sizes in the paper, §3.5 and Fig. 2.
+    [
+        ({}, 58_322_314, 1_131_201_056),
+        ({"groups": 2, "num_classes": 1000}, 60_965_224, 724_406_816),
+    ],
+)
+def test_summary_has_the_papers_sizes(settings, parameters, products):
+    with torch.device("meta"):
+        lines = AlexNet(**settings).summary().splitlines()
+    assert lines[-1].split() == ["total", f"{parameters:,}", f"{products:,}"]
+    sizes = {line.split()[0]: line[8:24].strip() for line in lines[1:-1]}
+    assert sizes["conv1"] == sizes["norm1"] == "96 x 55 x 55"
+    assert (sizes["pool2"], sizes["pool5"], sizes["fc7"]) == (
+        "256 x 13 x 13",
+        "256 x 6 x 6",
+        "4096",
+    )
+
+
+def test_features_are_what_the_last_layer_sees():
+    network = AlexNet().eval()
+    images = torch.randn(2, 3, 227, 227)
+    with torch.no_grad():
+        features = network.features(images)
+        expected = features @ network.fc8.weight.T + network.fc8.bias
+        torch.testing.assert_close(network(images), expected)
+    assert features.shape == (2, 4096)
+    assert features.min() == 0

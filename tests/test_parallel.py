@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,18 +73,29 @@ def test_first_process_alone_prints(whole):
     assert "2 processes" in output
 
 
-def test_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path, monkeypatch):
+# --- Interruptions ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The folder of a "run" of two processes, of which one got a SIGTERM in the first step."""
+    folder = tmp_path_factory.mktemp("stopped")
+    done = train_tiny(folder, 2, *OPTIONS, "--output-dir", "run", fault="SIGTERM 1 0 0")
+    assert "stopped; go on with: torchrun --nproc_per_node=2 train.py --resume run" in done.stderr
+    return folder
+
+
+def test_gradient_of_two_processes_is_that_of_the_whole_batch(stopped, monkeypatch):
     """After one step SGD's momentum is the gradient plus the weight decay of the first weights."""
-    options = ("--batch-size", 40, "--epochs", 1, "--output-dir", "run")
-    done = train_tiny(tmp_path, 2, *OPTIONS, *options)
-    assert done.returncode == 0, done.stderr
-    optimizer = torch.load(tmp_path / "run" / "last.pt")["optimizer"]
-    momenta = [state["momentum_buffer"] for state in optimizer["state"].values()]
+    last = torch.load(stopped / "run" / "last.pt")
+    assert (last["epoch"], last["progress"]["step"]) == (0, 1)
+    momenta = [state["momentum_buffer"] for state in last["optimizer"]["state"].values()]
 
     monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", tiny_train.SHAPES_PER_CLASS)
     split = dataset.draw_shapes().train
     preprocessing, augmentation = Preprocessing.of(split.images), Augmentation()
-    [(images, labels)] = dataset.training_batches(split, preprocessing, augmentation, 40, 0, 0)
+    batches = dataset.training_batches(split, preprocessing, augmentation, 13, 0, 0)
+    images, labels = next(batches)
     torch.manual_seed(0)
     network = AlexNet(dropout=0)
     F.cross_entropy(network(images), labels).backward()
@@ -94,20 +106,14 @@ def test_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path, monkeypa
         assert difference < 1e-5 * torch.linalg.vector_norm(expected)
 
 
-# --- Interruptions ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_run_goes_on_with_another_number_of_processes(whole, tmp_path, before, after):
-    """The signal reaches one process; all of them stop at the same step."""
-    fault = f"SIGTERM {before - 1} 1 2"
-    done = train_tiny(tmp_path, before, *OPTIONS, "--output-dir", "run", fault=fault)
-    assert "stopped; go on with: " in done.stderr
-    assert torch.load(tmp_path / "run" / "last.pt")["progress"]["step"] == 3
-    if before == 1:
-        assert done.returncode == 128 + signal.SIGTERM
-    done = train_tiny(tmp_path, after, "--resume", "run")
-    assert "resumed after epoch 1, step 3" in done.stdout
+def test_run_goes_on_with_another_number_of_processes(whole, stopped, tmp_path):
+    """Two processes, then one, then two again."""
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    done = train_tiny(tmp_path, 1, "--resume", "run", fault="SIGTERM 0 1 1")
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "resumed after epoch 0, step 1" in done.stdout
+    done = train_tiny(tmp_path, 2, "--resume", "run")
+    assert "resumed after epoch 1, step 2" in done.stdout
     assert metrics(tmp_path / "run") == pytest.approx(metrics(whole[0] / "1"), rel=1e-3)
 
 

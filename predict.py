@@ -1,0 +1,194 @@
+"""Says what is on pictures: python predict.py runs/cifar10-sgd/best.pt photo.jpg folder
+
+In a notebook:
+
+    classifier = Classifier.from_checkpoint("runs/cifar10-sgd/best.pt")
+    classifier.probabilities(images)  # uint8 [N, 3, H, W] to [N, 10]
+"""
+
+import argparse
+import io
+import json
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+import figures
+from dataset import Preprocessing
+from evaluate import load_network, predict
+from model import AlexNet
+from utils import (
+    OneLineParser,
+    UserError,
+    atomic_write,
+    keep_freed_memory,
+    output_file,
+    positive_int,
+    run_script,
+    select_device,
+    select_precision,
+)
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MOST_PIXELS = 2**26  # of a picture; larger ones are refused before they are unpacked
+SIZE = 32  # pixels; what the network was trained on, and enlarged from
+STDIN = "-"
+SHOWN = 12  # pictures in a figure
+
+
+@dataclass
+class Classifier:
+    """A trained network with all it takes to use it.
+
+    network: in eval mode, on its device.
+    classes: the names of its outputs, in order.
+    preprocessing: how pixels become its input.
+    precision: "fp32" or "bf16".
+    """
+
+    network: AlexNet
+    classes: list[str]
+    preprocessing: Preprocessing
+    precision: str
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, device: str = "auto", precision: str | None = None
+    ) -> "Classifier":
+        """The classifier in a checkpoint of train.py; precision is by default the training's.
+
+        Raises UserError if the file is no such checkpoint, or the device cannot be used.
+        """
+        place = select_device(device)
+        network, preprocessing, checkpoint = load_network(path)
+        precision = select_precision(precision or checkpoint["training"]["precision"], place)
+        return cls(network.to(place), checkpoint["classes"], preprocessing, precision)
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Of each class, float32 [N, classes] on the CPU, for uint8 images [N, 3, H, W]."""
+        device = self.network.conv1.weight.device
+        logits = predict(self.network, images.to(device), self.preprocessing, self.precision)
+        return logits.softmax(1).cpu()
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------
+
+
+def read_picture(source: str | Path) -> Tensor:
+    """A JPEG, PNG or WebP file, or standard input for "-", as uint8 [3, 32, 32].
+
+    The largest square in its middle, upright, in RGB, on white where it is transparent, averaged
+    down to the size of CIFAR-10's images. Raises UserError if it is no such picture.
+    """
+    try:
+        if Path(source).exists() and not Path(source).is_file():
+            raise ValueError("no ordinary file")  # a pipe could be endless
+        file = io.BytesIO(sys.stdin.buffer.read()) if source == STDIN else source
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata that is not used
+            with Image.open(file, formats=FORMATS) as picture:
+                return _to_tensor(picture)
+    except FileNotFoundError:
+        raise UserError(f"{source} does not exist") from None
+    except Exception as error:  # Pillow raises many types on a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{source} is no JPEG, PNG or WebP picture ({reason:.200})") from None
+
+
+def _to_tensor(picture: Image.Image) -> Tensor:
+    if picture.width * picture.height > MOST_PIXELS:
+        raise ValueError(f"it has more than {MOST_PIXELS:,} pixels")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits of grey, of which RGB keeps 8
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = ImageOps.fit(picture.convert("RGB"), (SIZE, SIZE), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def list_pictures(names: list[str]) -> list[str]:
+    """The names given, and for a folder the pictures in it, by name."""
+    pictures = []
+    for name in names:
+        folder = Path(name)
+        if name == STDIN or not folder.is_dir():
+            pictures.append(name)
+            continue
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        if not found:
+            raise UserError(f"the folder {name} has no file that ends in {', '.join(SUFFIXES)}")
+        pictures += map(str, found)
+    return pictures
+
+
+# ---------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------
+
+
+def likeliest(probabilities: Tensor, classes: list[str], count: int) -> list[dict]:
+    """The likeliest classes with their probabilities (0..1), most likely first."""
+    values, indices = probabilities.topk(min(count, len(classes)))
+    return [
+        {"class": classes[index], "probability": value}
+        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+    ]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = OneLineParser(description="Say what is on pictures.")
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a best.pt or last.pt of train.py")
+    add("pictures", nargs="+", metavar="picture", help="a file, a folder, or - for a pipe")
+    add("--top", type=positive_int, default=3, metavar="N", help="classes to name; default: 3")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--json", type=output_file, metavar="FILE", help="write all probabilities to FILE")
+    add("--figure", type=output_file, metavar="FILE", help="draw the pictures as a PNG")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
+    keep_freed_memory()
+    classifier = Classifier.from_checkpoint(args.checkpoint, args.device)
+    names, pictures = [], []
+    refused = 0
+    for name in list_pictures(args.pictures):
+        try:
+            pictures.append(read_picture(name))
+            names.append(name)
+        except UserError as error:
+            print(f"predict.py: skipped: {error}", file=sys.stderr)
+            refused += 1
+    results = []
+    if pictures:
+        probabilities = classifier.probabilities(torch.stack(pictures))
+        count = len(classifier.classes) if args.json else args.top
+        results = [likeliest(row, classifier.classes, count) for row in probabilities]
+    for name, result in zip(names, results, strict=True):
+        words = [f"{item['class']} {item['probability']:.1%}" for item in result[: args.top]]
+        print(f"{name}: {', '.join(words)}")
+    if args.json:
+        content = [{"picture": n, "likeliest": r} for n, r in zip(names, results, strict=True)]
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+    if args.figure and pictures:
+        captions = [Path(name).name for name in names[:SHOWN]]
+        figure = figures.likeliest(pictures[:SHOWN], captions, results[:SHOWN])
+        figures.save_figure(figure, args.figure)
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    run_script(main)
