@@ -6,6 +6,7 @@ The network, its preprocessing and its data set are rebuilt from the checkpoint 
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from dataset import (
     DATASETS,
     DEFAULT_DATA_DIR,
     ENLARGED_SIZE,
+    Dataset,
     Preprocessing,
     Split,
     load_dataset,
@@ -45,6 +47,9 @@ from utils import (
 
 # The same in training and evaluation, so that both compute the same validation accuracy.
 BATCH_SIZE = 250
+CALIBRATION_BINS = 15
+FIGURE_IMAGES = 8  # test images in a figure
+NEIGHBOURS = 6  # of a test image, as in the paper's Fig. 4
 
 
 def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
@@ -115,7 +120,6 @@ def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing
         raise TypeError("the number of epochs is no whole number")
 
 
-@torch.no_grad()
 def predict(
     network: AlexNet,
     images: Tensor,
@@ -128,13 +132,33 @@ def predict(
     view is the map [2, 3] through which all of them are seen, by default the preprocessing's.
     """
     network.eval()
+    return in_batches(network, images, preprocessing, precision, view)
+
+
+def predict_features(
+    network: AlexNet, images: Tensor, preprocessing: Preprocessing, precision: str
+) -> Tensor:
+    """The network's features [N, 4096]; takes what predict() takes."""
+    network.eval()
+    return in_batches(network.features, images, preprocessing, precision)
+
+
+@torch.no_grad()
+def in_batches(
+    function: Callable[[Tensor], Tensor],
+    images: Tensor,
+    preprocessing: Preprocessing,
+    precision: str,
+    view: Tensor | None = None,
+) -> Tensor:
+    """What function makes of each image, float32 [N, ...], seen as in predict()."""
     batches = plain_batches(images, preprocessing, BATCH_SIZE, view)
     total = math.ceil(len(images) / BATCH_SIZE)
-    logits = []
+    results = []
     for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=None):
         with autocast(images.device, precision):
-            logits.append(network(batch).float())
-    return torch.cat(logits)
+            results.append(function(batch).float())
+    return torch.cat(results)
 
 
 def predict_ten_views(
@@ -168,6 +192,31 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
     return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
 
 
+def calibration(logits: Tensor, labels: Tensor) -> tuple[float, list[dict]]:
+    """The expected calibration error (0..1), and the bins of confidence it is made of.
+
+    The mean distance between confidence, the likeliest class's probability, and accuracy over 15
+    bins of equal width, weighted by their images (Guo et al., ICML 2017, §2, eq. 3).
+    """
+    confidence, predicted = logits.double().cpu().softmax(1).max(1)
+    correct = (predicted == labels.cpu()).double()
+    edges = torch.linspace(0, 1, CALIBRATION_BINS + 1, dtype=torch.float64)
+    index = torch.bucketize(confidence, edges[1:-1])
+    bins, error = [], 0.0
+    for number in range(CALIBRATION_BINS):
+        inside = index == number
+        images = int(inside.sum())
+        means = [
+            values[inside].mean().item() if images else None for values in (confidence, correct)
+        ]
+        low, high = edges[number].item(), edges[number + 1].item()
+        row = {"low": low, "high": high, "images": images}
+        bins.append({**row, "confidence": means[0], "accuracy": means[1]})
+        if images:
+            error += images / len(labels) * abs(means[0] - means[1])
+    return error, bins
+
+
 def summarise(logits: Tensor, split: Split, classes: list[str]) -> dict:
     """All that evaluate.py reports, as plain values: accuracies and intervals in 0..1."""
     predicted = logits.argmax(1)
@@ -175,6 +224,7 @@ def summarise(logits: Tensor, split: Split, classes: list[str]) -> dict:
     pairs = split.labels * count + predicted
     matrix = pairs.bincount(minlength=count**2).view(count, count).cpu()
     loss, accuracy = loss_and_accuracy(logits, split.labels)
+    calibration_error, bins = calibration(logits, split.labels)
     per_class = []
     for name, row, correct in zip(classes, matrix, matrix.diag(), strict=True):
         correct, total = correct.item(), row.sum().item()
@@ -193,10 +243,120 @@ def summarise(logits: Tensor, split: Split, classes: list[str]) -> dict:
         "accuracy": accuracy,
         "interval_95": wilson_interval(matrix.trace().item(), len(split.labels)),
         "loss": loss,
+        "calibration_error": calibration_error,
+        "calibration_bins": bins,
         "per_class": per_class,
         "most_confused": sorted(mistakes, key=lambda pair: -pair["images"])[:5],
         "confusion_matrix": matrix.tolist(),
     }
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------
+
+
+def draw_figures(
+    network: AlexNet,
+    preprocessing: Preprocessing,
+    precision: str,
+    dataset: Dataset,
+    split: Split,
+    logits: Tensor,
+    summary: dict,
+) -> dict[str, figures.Figure]:
+    """All figures of a trained network by name; split is the one that logits are of."""
+    what = f"{len(split.labels):,} images, {summary['accuracy']:.1%} right"
+    classes = dataset.classes
+    probabilities = logits.softmax(1)
+    some = one_of_each_class(split.labels, FIGURE_IMAGES)
+    mistakes = most_confident_mistakes(probabilities, split.labels, FIGURE_IMAGES)
+    drawn = {
+        "filters": figures.filters(network.conv1.weight.detach().cpu().numpy()),
+        "predictions": draw_predictions(split, probabilities, classes, some),
+        "neighbours": draw_neighbours(
+            network, preprocessing, precision, dataset, split.select(some[:5])
+        ),
+        "classes": figures.class_accuracies(summary["per_class"], what),
+        "reliability": figures.reliability(
+            summary["calibration_bins"],
+            f"{what}, calibration error {100 * summary['calibration_error']:.1f} points",
+        ),
+        "feature-maps": draw_feature_maps(network, preprocessing, split.images[some[0]]),
+    }
+    if len(mistakes):
+        drawn["mistakes"] = draw_predictions(split, probabilities, classes, mistakes)
+    return drawn
+
+
+def one_of_each_class(labels: Tensor, count: int) -> Tensor:
+    """The places of the first image of class 0, of class 1 and so on, count at most."""
+    places = [(labels == label).nonzero()[0] for label in labels.unique()[:count]]
+    return torch.cat(places)
+
+
+def most_confident_mistakes(probabilities: Tensor, labels: Tensor, count: int) -> Tensor:
+    """The places of the wrong answers with the highest probabilities, the highest first."""
+    confidence, predicted = probabilities.max(1)
+    wrong = (predicted != labels).nonzero().flatten()
+    return wrong[confidence[wrong].argsort(descending=True)][:count]
+
+
+def draw_predictions(
+    split: Split, probabilities: Tensor, classes: list[str], places: Tensor
+) -> figures.Figure:
+    """The paper's Fig. 4 left: these images, their classes, and the five likeliest as bars."""
+    captions, results = [], []
+    for place in places.tolist():
+        label = split.labels[place].item()
+        captions.append(classes[label])
+        values, indices = probabilities[place].topk(min(5, len(classes)))
+        results.append(
+            [
+                {"class": classes[index], "probability": value, "right": index == label}
+                for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+            ]
+        )
+    return figures.likeliest(list(split.images[places].cpu()), captions, results)
+
+
+def draw_neighbours(
+    network: AlexNet, preprocessing: Preprocessing, precision: str, dataset: Dataset, queries: Split
+) -> figures.Figure:
+    """The paper's Fig. 4 right: the training images whose features are nearest to the queries'."""
+    train = dataset.train.images.to(queries.images.device)
+    theirs = predict_features(network, train, preprocessing, precision)
+    ours = predict_features(network, queries.images, preprocessing, precision)
+    nearest = torch.cdist(ours, theirs).topk(NEIGHBOURS, largest=False).indices
+    captions = [dataset.classes[label] for label in queries.labels.tolist()]
+    return figures.neighbours(
+        list(queries.images.cpu()), [list(train[row].cpu()) for row in nearest], captions
+    )
+
+
+def draw_feature_maps(
+    network: AlexNet, preprocessing: Preprocessing, image: Tensor
+) -> figures.Figure:
+    """What the five convolutions and the last pooling make of one image, uint8 [3, H, W]."""
+    maps = {}
+    layers = {
+        name: getattr(network, name) for name in ("conv1", "conv2", "conv3", "conv4", "conv5")
+    }
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, __, output, name=name: maps.update({name: network.activation(output)[0]})
+        )
+        for name, layer in layers.items()
+    ]
+    predict(network, image[None], preprocessing, "fp32")
+    for hook in hooks:
+        hook.remove()
+    return figures.feature_maps(image.cpu(), {name: m.cpu().numpy() for name, m in maps.items()})
+
+
+# ---------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------
 
 
 def data_dir_of(training: dict) -> Path:
@@ -211,6 +371,8 @@ def print_views(one: dict, ten: dict) -> None:
     texts = [f"{100 * s['accuracy']:.2f}% ({interval_text(s)})" for s in (one, ten)]
     print(f"{'top-1 accuracy':<16}{texts[0]:<28}{texts[1]}")
     print(f"{'cross-entropy':<16}{one['loss']:<28.4f}{ten['loss']:.4f}")
+    errors = [f"{100 * s['calibration_error']:.2f} points" for s in (one, ten)]
+    print(f"{'calibration':<16}{errors[0]:<28}{errors[1]}")
     print("in brackets: 95 % interval; below: one view")
 
 
@@ -222,7 +384,8 @@ def interval_text(summary: dict) -> str:
 def print_summary(summary: dict) -> None:
     print(
         f"top-1 accuracy  {summary['accuracy']:.2%} (95 % interval {interval_text(summary)})\n"
-        f"cross-entropy   {summary['loss']:.4f}"
+        f"cross-entropy   {summary['loss']:.4f}\n"
+        f"calibration     {100 * summary['calibration_error']:.2f} points of expected error"
     )
 
 
@@ -262,6 +425,7 @@ def parse_arguments() -> argparse.Namespace:
         default=1,
         help="10: also the mean over four corners, centre, and their mirror images; default: 1",
     )
+    parser.add_argument("--figures", action="store_true", help="draw all figures")
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="write all results to FILE"
     )
@@ -285,8 +449,8 @@ def main() -> None:
     summary = summarise(logits, split, checkpoint["classes"])
     ten = None
     if args.views == 10:
-        logits = predict_ten_views(network, split.images, preprocessing, precision)
-        ten = summarise(logits, split, checkpoint["classes"])
+        ten_logits = predict_ten_views(network, split.images, preprocessing, precision)
+        ten = summarise(ten_logits, split, checkpoint["classes"])
 
     if args.json:
         about = {
@@ -320,6 +484,12 @@ def main() -> None:
     title = f"{what}: {summary['accuracy']:.1%} top-1"
     figures.save_figure(figures.confusion_matrix(matrix, checkpoint["classes"], title), picture)
     print(f"\nwrote {picture}")
+    if args.figures:
+        drawn = draw_figures(network, preprocessing, precision, dataset, split, logits, summary)
+        for name, figure in drawn.items():
+            path = args.checkpoint.with_name(f"{args.checkpoint.stem}-{name}-{args.split}.png")
+            figures.save_figure(figure, path)
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

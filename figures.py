@@ -1,5 +1,10 @@
-"""Every picture. Each function returns a matplotlib Figure, which a notebook shows as it is."""
+"""Every picture. Each function returns a matplotlib Figure, which a notebook shows as it is.
 
+As a script it lays learning curves over each other: python figures.py runs/a runs/b
+"""
+
+import argparse
+import csv
 import math
 from pathlib import Path
 
@@ -7,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from utils import atomic_write
+from utils import OneLineParser, UserError, atomic_write, output_file, run_script
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 BLUE, ORANGE = "#0072B2", "#D55E00"
@@ -255,3 +260,198 @@ def likeliest(pictures: list, captions: list[str], results: list[list[dict]]) ->
         bar_axes.set_xlim(0, 1)
         bar_axes.set_ylim(4.5, -0.5)
     return figure
+
+
+def filters(weights: np.ndarray) -> Figure:
+    """Fig. 3 of the paper: the filters of conv1, each stretched to its own full range.
+
+    Args:
+        weights: float [N, 3, h, w], drawn in rows of 16.
+    """
+    low, high = weights.min((1, 2, 3), keepdims=True), weights.max((1, 2, 3), keepdims=True)
+    tiles = (weights - low) / np.maximum(high - low, 1e-12)
+    tiles = np.pad(tiles, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=1)
+    columns = 16
+    rows = math.ceil(len(tiles) / columns)
+    blank = np.ones((rows * columns - len(tiles), *tiles.shape[1:]))
+    grid = np.concatenate([tiles, blank]).reshape(rows, columns, *tiles.shape[1:])
+    picture = grid.transpose(0, 3, 1, 4, 2).reshape(
+        rows * tiles.shape[2], columns * tiles.shape[3], 3
+    )
+    figure = Figure(figsize=(9, 9 * rows / columns), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(picture, interpolation="nearest")
+    axes.axis("off")
+    return figure
+
+
+def neighbours(queries: list, nearest: list[list], captions: list[str]) -> Figure:
+    """Fig. 4 right of the paper: in each row an image and those whose features are nearest to it.
+
+    Args:
+        queries: uint8 [3, H, W] each.
+        nearest: for each the same number of images, the nearest first.
+        captions: for each query its class.
+    """
+    rows, columns = len(queries), 1 + len(nearest[0])
+    figure = Figure(figsize=(1.15 * columns + 1.2, 1.2 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, query, others, caption in zip(grid, queries, nearest, captions, strict=True):
+        for place, picture in zip(axes, (query, *others), strict=True):
+            place.imshow(np.asarray(picture).transpose(1, 2, 0), interpolation="nearest")
+            place.set_xticks([])
+            place.set_yticks([])
+        axes[0].set_ylabel(caption, rotation=0, ha="right", va="center")
+        for side in axes[0].spines.values():
+            side.set(color=ORANGE, linewidth=2.5)
+    grid[0, 0].set_title("test", fontsize=10)
+    grid[0, 1].set_title("nearest training images", fontsize=10, loc="left")
+    return figure
+
+
+def class_accuracies(per_class: list[dict], title: str) -> Figure:
+    """Accuracy of each class with its 95 % interval, the best first.
+
+    Args:
+        per_class: class, accuracy and interval_95 (0..1) of each, as evaluate.py has them.
+        title: what was evaluated.
+    """
+    ranked = sorted(per_class, key=lambda row: row["accuracy"])
+    figure = Figure(figsize=(7.2, 1.4 + 0.34 * len(ranked)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(ranked):
+        accuracy, (low, high) = 100 * row["accuracy"], (100 * x for x in row["interval_95"])
+        # Rounding can put the end of an interval inside.
+        error = [[max(0, accuracy - low)], [max(0, high - accuracy)]]
+        axes.errorbar(accuracy, place, xerr=error, fmt="o", color=BLUE, capsize=3)
+    axes.set_yticks(range(len(ranked)), [row["class"] for row in ranked])
+    axes.set_xlabel("accuracy (%), with 95 % interval")
+    axes.grid(alpha=0.3)
+    axes.set_title(title)
+    return figure
+
+
+def reliability(bins: list[dict], title: str) -> Figure:
+    """How often the network is right when it is so sure (above), and how often it is so sure.
+
+    Args:
+        bins: low and high (0..1), images, confidence and accuracy (0..1, or None without images)
+            of each range of confidence, as evaluate.py has them.
+        title: what was evaluated.
+    """
+    figure = Figure(figsize=(5.4, 5.4), layout="constrained")
+    axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    filled = [row for row in bins if row["images"]]
+    edges = {"width": [100 * (row["high"] - row["low"]) for row in filled], "align": "edge"}
+    left = [100 * row["low"] for row in filled]
+    accuracy = [100 * row["accuracy"] for row in filled]
+    axes.bar(left, accuracy, color=BLUE, alpha=0.6, edgecolor="white", **edges)
+    axes.plot(
+        [100 * row["confidence"] for row in filled],
+        accuracy,
+        "D",
+        color=ORANGE,
+        markersize=4,
+        label="mean confidence of the images",
+    )
+    axes.plot([0, 100], [0, 100], color="black", linewidth=1, label="as often right as sure")
+    axes.set_ylabel("accuracy (%)")
+    axes.set_ylim(0, 100)
+    axes.legend(loc="upper left", fontsize=9)
+    counts.bar(left, [row["images"] for row in filled], color=BLUE, alpha=0.6, **edges)
+    counts.set_xlabel("confidence: probability of the likeliest class (%)")
+    counts.set_ylabel("images")
+    counts.set_xlim(0, 100)
+    for each in (axes, counts):
+        each.grid(alpha=0.3)
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def feature_maps(picture, maps: dict[str, np.ndarray]) -> Figure:
+    """What each layer sees in one image: the image, and the strongest channels of each layer.
+
+    Args:
+        picture: uint8 [3, H, W].
+        maps: for each layer its outputs, float [C, h, w]; eight with the largest sums are drawn.
+    """
+    count = 8
+    figure = Figure(figsize=(9, 1.05 * len(maps) + 1.2), layout="constrained")
+    grid = figure.subplots(len(maps) + 1, count, squeeze=False)
+    for axes in grid.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    for axes in grid[0, 1:]:
+        axes.axis("off")
+    grid[0, 0].imshow(np.asarray(picture).transpose(1, 2, 0), interpolation="nearest")
+    grid[0, 0].set_ylabel("image", rotation=0, ha="right", va="center")
+    for row, (name, channels) in zip(grid[1:], maps.items(), strict=True):
+        strongest = channels[np.argsort(-channels.sum((1, 2)))[:count]]
+        for axes, channel in zip(row, strongest, strict=True):
+            axes.imshow(channel, cmap="magma", interpolation="nearest")
+        size = " x ".join(map(str, channels.shape))
+        row[0].set_ylabel(f"{name}\n{size}", rotation=0, ha="right", va="center", fontsize=9)
+    return figure
+
+
+def compared_curves(histories: dict[str, list[dict]]) -> Figure:
+    """Validation loss and accuracy by epoch of several runs.
+
+    Args:
+        histories: for each run its name and the rows of its metrics.csv, at most four.
+    """
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    for (name, history), (colour, marker) in zip(histories.items(), SERIES, strict=False):
+        epochs = [row["epoch"] for row in history]
+        style = {"color": colour, "marker": marker, "markersize": 4}
+        loss_axes.plot(epochs, [row["val_loss"] for row in history], label=name, **style)
+        accuracy = [100 * row["val_accuracy"] for row in history]
+        accuracy_axes.plot(epochs, accuracy, label=f"{name}: best {max(accuracy):.1f} %", **style)
+    for axes, label in ((loss_axes, "cross-entropy"), (accuracy_axes, "top-1 accuracy (%)")):
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(f"validation {label}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    loss_axes.set_ylim(bottom=0)
+    accuracy_axes.set_ylim(0, 100)
+    figure.legend(*accuracy_axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------
+# The script: several runs in one picture
+# ---------------------------------------------------------------------------------------------
+
+
+def read_history(run_dir: Path) -> list[dict]:
+    """The rows of a run's metrics.csv as numbers. Raises UserError if it has none."""
+    path = run_dir / "metrics.csv"
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        history = [{name: float(value) for name, value in row.items()} for row in rows]
+        if history and {"epoch", "val_loss", "val_accuracy"} <= history[0].keys():
+            return history
+    except (OSError, UnicodeDecodeError, ValueError, TypeError):
+        pass
+    raise UserError(f"{path} has no epochs; name the folders of runs of train.py")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = OneLineParser(description="Draw the learning curves of several runs in one picture.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="at most four")
+    parser.add_argument("--output", type=output_file, default="curves.png", metavar="FILE")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    if len(args.runs) > len(SERIES):
+        raise UserError(f"{len(args.runs)} runs are too many for one picture; name at most four")
+    save_figure(compared_curves({run.name: read_history(run) for run in args.runs}), args.output)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -58,6 +58,38 @@ def test_wilson_interval_stays_in_range():
     assert wilson_interval(0, 10)[0] == 0.0
 
 
+def test_calibration_error_counted_by_hand():
+    """Of 4 images 2 are given with 95 %, both right, and 2 with 55 %, one of them right."""
+    odds = torch.tensor([0.95, 0.95, 0.55, 0.55])
+    logits = torch.stack([odds, 1 - odds], 1).log()
+    error, bins = evaluate.calibration(logits, torch.tensor([0, 0, 0, 1]))
+    assert error == pytest.approx(0.5 * (1 - 0.95) + 0.5 * (0.55 - 0.5))
+    filled = {round(row["low"] * 15): row for row in bins if row["images"]}
+    assert filled.keys() == {8, 14}  # fifteenths: 0.533 to 0.6, 0.933 to 1
+    assert (filled[8]["images"], filled[8]["accuracy"]) == (2, 0.5)
+    assert filled[14]["confidence"] == pytest.approx(0.95)
+
+
+def test_mistakes_are_the_most_confident_first():
+    probabilities = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])
+    places = evaluate.most_confident_mistakes(probabilities, torch.tensor([0, 1, 0, 1]), 5)
+    assert places.tolist() == [2, 1]
+
+
+def test_neighbours_have_the_nearest_features(monkeypatch):
+    """By features that are an image's mean, which can be told by eye."""
+    images = torch.tensor([0, 90, 50, 10, 54, 56, 200, 47]).to(torch.uint8)
+    train = Split(images.view(-1, 1, 1, 1).expand(-1, 3, 32, 32), torch.zeros(8).long())
+    query = Split(torch.full((1, 3, 32, 32), 51, dtype=torch.uint8), torch.zeros(1).long())
+    monkeypatch.setattr(
+        evaluate, "predict_features", lambda network, images, *_: images.float().mean((2, 3))
+    )
+    data = dataset.Dataset(["cat"], train, train, train)
+    figure = evaluate.draw_neighbours(None, None, "fp32", data, query)
+    drawn = [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes]
+    assert drawn == [51, 50, 54, 47, 56, 90, 10]
+
+
 def test_summary_of_a_case_counted_by_hand():
     logits = torch.tensor([[9.0, 0, 0], [0, 9, 0], [0, 9, 0], [0, 0, 9], [9, 0, 0], [0, 9, 0]])
     labels = torch.tensor([0, 0, 1, 2, 2, 2])

@@ -1,6 +1,8 @@
 import numpy as np
+import pytest
 
 import figures
+from utils import UserError
 
 HISTORY = [
     {
@@ -88,3 +90,99 @@ def test_growth_draws_rate_and_memory_for_each_number_of_processes():
     assert [list(line.get_ydata()) for line in rate.lines] == [[2.0, 4.0], [8.0]]
     assert list(memory.lines[0].get_ydata()) == [1.0, 2.0]
     assert [text.get_text() for text in rate.get_legend().texts] == ["1 process", "2 processes"]
+
+
+def shown(axes):
+    """What imshow() was given."""
+    [image] = axes.images
+    return np.asarray(image.get_array())
+
+
+def test_filters_are_stretched_and_side_by_side():
+    weights = np.random.default_rng(0).normal(size=(96, 3, 11, 11))
+    [axes] = figures.filters(weights).axes
+    picture = shown(axes)
+    assert picture.shape == (6 * 13, 16 * 13, 3)  # a border of one pixel around each
+    tile = picture[13 + 1 : 26 - 1, 2 * 13 + 1 : 3 * 13 - 1].transpose(2, 0, 1)
+    expected = weights[16 + 2]
+    expected = (expected - expected.min()) / (expected.max() - expected.min())
+    np.testing.assert_allclose(tile, expected)
+
+
+def test_likeliest_marks_the_right_class():
+    pictures = [np.full((3, 4, 4), value, np.uint8) for value in (10, 20, 30, 40, 50)]
+    result = [
+        {"class": "cat", "probability": 0.75, "right": False},
+        {"class": "dog", "probability": 0.25, "right": True},
+    ]
+    figure = figures.likeliest(pictures, list("abcde"), [result] * 5)
+    drawn = [axes for axes in figure.axes if axes.images]
+    assert [shown(axes)[0, 0, 0] for axes in drawn] == [10, 20, 30, 40, 50]
+    bars = next(axes for axes in figure.axes if axes.patches)
+    assert [bar.get_width() for bar in bars.patches] == [0.75, 0.25]
+    assert bars.patches[0].get_facecolor() != bars.patches[1].get_facecolor()
+    assert [text.get_text() for text in bars.texts] == ["cat 75%", "dog 25%"]
+
+
+def test_neighbours_are_beside_their_query():
+    pictures = [np.full((3, 4, 4), value, np.uint8) for value in range(6)]
+    figure = figures.neighbours(pictures[:2], [pictures[2:4], pictures[4:]], ["cat", "dog"])
+    assert [shown(axes)[0, 0, 0] for axes in figure.axes] == [0, 2, 3, 1, 4, 5]
+    assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["cat", "dog"]
+
+
+def test_classes_are_ranked_with_their_intervals():
+    rows = [
+        {"class": "cat", "accuracy": 0.5, "interval_95": (0.4, 0.7)},
+        {"class": "dog", "accuracy": 1.0, "interval_95": (0.9, 1 - 1e-16)},
+        {"class": "frog", "accuracy": 0.7, "interval_95": (0.6, 0.8)},
+    ]
+    [axes] = figures.class_accuracies(rows, "title").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "frog", "dog"]
+    ends = axes.containers[0].lines[2][0].get_segments()[0][:, 0]
+    assert list(ends) == pytest.approx([40, 70])
+
+
+def test_reliability_draws_filled_bins():
+    bins = [
+        {"low": 0.0, "high": 0.5, "images": 0, "confidence": None, "accuracy": None},
+        {"low": 0.5, "high": 1.0, "images": 8, "confidence": 0.9, "accuracy": 0.75},
+    ]
+    axes, counts = figures.reliability(bins, "title").axes
+    [bar] = axes.patches
+    assert (bar.get_x(), bar.get_width(), bar.get_height()) == (50, 50, 75)
+    assert [bar.get_height() for bar in counts.patches] == [8]
+
+
+def test_feature_maps_are_the_strongest_channels():
+    maps = {"conv1": np.arange(10)[:, None, None] * np.ones((10, 2, 2))}
+    figure = figures.feature_maps(np.zeros((3, 4, 4), np.uint8), maps)
+    drawn = [shown(axes)[0, 0] for axes in figure.axes if axes.images][1:]
+    assert drawn == [9, 8, 7, 6, 5, 4, 3, 2]
+
+
+def write_run(folder, *rows):
+    folder.mkdir()
+    lines = ["epoch,step,lr,train_loss,train_accuracy,val_loss,val_accuracy", *rows]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_curves_of_several_runs_are_laid_over_each_other(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", "1,5,0.1,2,0.1,1.5,0.2", "2,10,0.1,2,0.1,1.0,0.5")
+    write_run(tmp_path / "b", "1,5,0.1,2,0.1,0.5,0.75")
+    histories = {name: figures.read_history(tmp_path / name) for name in "ab"}
+    loss, accuracy = figures.compared_curves(histories).axes
+    assert [list(line.get_ydata()) for line in loss.lines] == [[1.5, 1.0], [0.5]]
+    assert [line.get_label() for line in accuracy.lines] == ["a: best 50.0 %", "b: best 75.0 %"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["figures.py", "a", "b"])
+    figures.main()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == "wrote curves.png\n"
+
+
+@pytest.mark.parametrize("row", ["", "1,5,x,2,0.1,1.5,0.2", "1,5"])
+def test_folder_without_epochs_is_named(tmp_path, row):
+    write_run(tmp_path / "run", row)
+    with pytest.raises(UserError, match="has no epochs"):
+        figures.read_history(tmp_path / "run")

@@ -238,14 +238,18 @@ def test_one_epoch_leaves_chance(trained_run):
 def test_run_checkpoint_and_evaluation_agree(trained_run):
     folder, _ = trained_run
     best = "runs/shapes-sgd/best.pt"
-    done = run_python("evaluate.py", best, "--split", "val", "--json", "val.json", cwd=folder)
+    options = ("--split", "val", "--json", "val.json", "--figures")
+    done = run_python("evaluate.py", best, *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     evaluated = json.loads((folder / "val.json").read_text())
     [row] = rows(folder / "runs" / "shapes-sgd")
     assert evaluated["accuracy"] == float(row["val_accuracy"])
     assert evaluated["loss"] == float(row["val_loss"])
-    picture = folder / "runs" / "shapes-sgd" / "best-confusion-val.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    names = "confusion filters predictions neighbours classes reliability feature-maps mistakes"
+    for name in names.split():
+        picture = folder / "runs" / "shapes-sgd" / f"best-{name}-val.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert f"wrote runs/shapes-sgd/best-{name}-val.png" in done.stdout
 
 
 @pytest.mark.parametrize(
