@@ -29,6 +29,7 @@ from dataset import (
     view_maps,
 )
 from model import CHOICES, IMAGE_SIZE, AlexNet
+from parallel import Processes
 from utils import (
     DAMAGE_ERRORS,
     OneLineParser,
@@ -115,7 +116,7 @@ def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing
         raise ValueError("the preprocessing does not fit the network")
     if training["dataset"] not in DATASETS or training["precision"] not in ("fp32", "bf16"):
         raise ValueError("the data set or the precision is unknown")
-    _check_plain(*training.values())
+    _check_plain(*training, *training.values())
     if not all(isinstance(count, int) for count in (checkpoint["epoch"], training["epochs"])):
         raise TypeError("the number of epochs is no whole number")
 
@@ -155,7 +156,8 @@ def in_batches(
     batches = plain_batches(images, preprocessing, BATCH_SIZE, view)
     total = math.ceil(len(images) / BATCH_SIZE)
     results = []
-    for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=None):
+    hidden = Processes().rank > 0 or None  # None: shown on a terminal
+    for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=hidden):
         with autocast(images.device, precision):
             results.append(function(batch).float())
     return torch.cat(results)

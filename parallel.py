@@ -44,7 +44,9 @@ class Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo")
 
     def disconnect(self) -> None:
+        """Ends together: the first may still be writing, and torchrun ends all when one exits."""
         if self.count > 1:
+            self.highest(0)
             dist.destroy_process_group()
 
     def select_device(self, name: str) -> torch.device:

@@ -41,6 +41,7 @@ from model import CHOICES, INITS, AlexNet
 from parallel import Processes, is_connection_lost
 from utils import (
     DAMAGE_ERRORS,
+    UNFINISHED,
     FolderLock,
     OneLineParser,
     StopRequest,
@@ -127,6 +128,10 @@ DIVISIONS = 3  # paper §5: the learning rate was "reduced three times prior to 
 
 METRICS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 TIMING = ("epoch", "seconds", "images_per_second", "peak_memory_mib")
+STATE_NAMES = {  # what an optimizer keeps for each parameter
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+}
 # Settings that --resume may change; any other would make it another experiment.
 CHANGEABLE = ("epochs", "data_dir", "device", "compile", "deterministic", "save_every")
 
@@ -293,7 +298,7 @@ def free_run_dir(config: dict, output_dir: Path | None) -> Path:
         name = f"{config['dataset']}-{how}"
         candidates = [Path("runs", name)] + [Path("runs", f"{name}-{i}") for i in range(2, 10000)]
         return next(path for path in candidates if not path.exists())
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    if output_dir.exists() and (not output_dir.is_dir() or holds_something(output_dir)):
         raise UserError(
             f"--output-dir {output_dir} is not empty; go on with a run in it by "
             f"--resume {output_dir}, or name another folder"
@@ -304,6 +309,11 @@ def free_run_dir(config: dict, output_dir: Path | None) -> Path:
     return output_dir
 
 
+def holds_something(folder: Path) -> bool:
+    """Whether a folder has more in it than what a killed process had begun to write."""
+    return any(not path.name.startswith(UNFINISHED) for path in folder.iterdir())
+
+
 def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
     """The settings of the run in run_dir with the given changes, and its earlier starts.
 
@@ -311,15 +321,21 @@ def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
     """
     path = run_dir / "config.json"
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no ordinary file")  # a pipe could be endless
         record = json.loads(path.read_text())
+        if record["settings"].keys() & {"resume", "output_dir", "help"}:
+            raise ValueError("it has more than settings")
         settings = make_parser().parse_args(as_command_line(record["settings"]))
         config = new_config(vars(settings))
         # The first version of this program noted one start only.
         starts = list(record["starts"]) if "starts" in record else [record["environment"]]
     except FileNotFoundError:
         raise UserError(f"--resume {run_dir}: there is no run in it (no config.json)") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+    except (OSError, *DAMAGE_ERRORS, UserError) as error:  # RecursionError is a RuntimeError
         raise UserError(f"{path} is not the record of a run ({error})") from None
+    if given.get("precision") == "auto":  # what was chosen is recorded
+        del given["precision"]
     for name, value in given.items():
         if name not in CHANGEABLE and value != config.get(name):
             raise UserError(
@@ -481,13 +497,12 @@ class Run:
         for name in {**recorded, **self.config}:
             value = self.config.get(name)
             if name not in CHANGEABLE and recorded.get(name) != value:
-                raise UserError(f"{path} is not of this run: its {name} is not {value}")
+                raise UserError(f"{path} is not of this run: its {name!a:.40} is not {value}")
         try:
             check_progress(content, self.steps_per_epoch)
             self.network.load_state_dict(network.state_dict())
             settings = self.optimizer.state_dict()["param_groups"]
-            state = content["optimizer"]["state"]
-            check_state(state, self.optimizer)
+            state = fitting_state(content["optimizer"]["state"], self.optimizer)
             self.optimizer.load_state_dict({"state": state, "param_groups": settings})
             progress = content["progress"]
             self.epoch, self.step = content["epoch"], progress["step"]
@@ -536,6 +551,8 @@ def check_progress(content: dict, steps_per_epoch: int) -> None:
     check_dicts(content, "progress", "optimizer")
     check_dicts(content["optimizer"], "state")
     progress, epoch = content["progress"], content["epoch"]
+    if not isinstance(progress["history"], list):
+        raise TypeError("its history is no list")
     if type(progress["step"]) is not int or not 0 <= progress["step"] <= steps_per_epoch:
         raise ValueError("it has no such step")
     if len(progress["history"]) != epoch:
@@ -548,16 +565,34 @@ def check_progress(content: dict, steps_per_epoch: int) -> None:
         raise ValueError("its history is not made of numbers")
 
 
-def check_state(state: dict, optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError or KeyError unless state has tensors that fit optimizer's parameters."""
+def fitting_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """The optimizer's state from a file, each tensor laid out in memory as its parameter is.
+
+    The fused optimizers read that memory without looking. Raises ValueError or KeyError for a state
+    that is not all that the optimizer keeps.
+    """
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    numbered = dict(enumerate(parameters))
+    if len(state) not in (0, len(parameters)):  # without momentum SGD keeps nothing
+        raise ValueError("the optimizer's state is not that of all parameters")
+    fitting = {}
     for number, tensors in state.items():
-        for name, value in tensors.items():
-            if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-                raise ValueError(f"the optimizer's {name!a:.40} is no tensor")
-            if value.shape not in (numbered[number].shape, ()) or value.dtype != torch.float32:
-                raise ValueError(f"the optimizer's {name!a:.40} does not fit the network")
+        parameter = parameters[number]
+        if tensors.keys() != STATE_NAMES[type(optimizer)]:
+            raise ValueError("the optimizer's state is that of another")
+        fitting[number] = {
+            name: fitting_tensor(value, parameter.new_empty(()) if name == "step" else parameter)
+            for name, value in tensors.items()
+        }
+    return fitting
+
+
+def fitting_tensor(value: Tensor, model: Tensor) -> Tensor:
+    """A copy of value with the memory layout of model. Raises ValueError if it is another kind."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        raise ValueError("a part of the optimizer's state is no tensor")
+    if value.shape != model.shape or value.dtype != torch.float32:
+        raise ValueError("a part of the optimizer's state does not fit the network")
+    return torch.empty_like(model, requires_grad=False).copy_(value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -815,9 +850,12 @@ def prepare(given: dict, processes: Processes) -> Run:
     resume, output_dir = given.pop("resume", None), given.pop("output_dir", None)
     if processes.max_restarts and not (resume or output_dir):
         raise UserError("torchrun --max-restarts needs --output-dir: a restart must find the run")
-    if processes.max_restarts and output_dir and (output_dir / "config.json").exists():
-        resume = output_dir  # torchrun repeats the command that made the run
     processes.connect()
+    # torchrun repeats the command that made the run. The first process decides for all: machines
+    # may see a change in a shared folder at different times.
+    if processes.max_restarts and output_dir:
+        known = processes.from_first(lambda: (output_dir / "config.json").exists())
+        resume = output_dir if known else None
     config, earlier_starts = resumed_config(resume, given) if resume else (new_config(given), [])
     if config["batch_size"] < processes.count:
         raise UserError(f"--batch-size {config['batch_size']} is less than one image per process")
@@ -849,8 +887,11 @@ def open_folder(
     if run.is_first:
         run.lock = FolderLock(run.dir)
         remove_unfinished(run.dir)
-    if resume and (run.dir / "last.pt").exists():
+    if resume and run.processes.from_first(lambda: (run.dir / "last.pt").exists()):
         run.load()
+    place = [run.epoch, run.step]
+    if run.processes.highest(*place) != place:
+        raise UserError(f"{run.dir} is not the same for all processes; is the folder shared?")
     if run.is_first and run.epoch < run.config["epochs"]:
         run.write_config(earlier_starts)
 
@@ -873,6 +914,7 @@ def train_and_report(run: Run) -> int:
         run.say(f"{run.dir} has all its {run.epoch} epochs; give more --epochs to go on")
         finish(run)
         return 0
+    stop = StopRequest()  # before the first line is printed to what may be a closed pipe
     where = device_name(run.device)
     if run.processes.count > 1:
         where = f"{run.processes.count} processes, the first on {where}"
@@ -885,7 +927,7 @@ def train_and_report(run: Run) -> int:
     if run.epoch or run.step:
         run.say(f"resumed after epoch {run.epoch}, step {run.step}")
     try:
-        train(run, StopRequest())
+        train(run, stop)
     finally:
         run.save_best()  # whatever ended the run
     if not run.stopped_by:
@@ -903,7 +945,8 @@ def explained(error: RuntimeError) -> Exception:
         reason = str(error).splitlines()[0]
         return UserError(f"--compile does not work here ({reason}); leave it out")
     if is_connection_lost(error):
-        return UserError("another process of this run has ended, so this one ends too")
+        reason = str(error).splitlines()[0]
+        return UserError(f"another process of this run has ended or is out of reach ({reason})")
     return error
 
 

@@ -5,7 +5,7 @@ import contextlib
 import ctypes
 import math
 import os
-import pickle
+import pickletools
 import platform
 import shlex
 import signal
@@ -28,6 +28,14 @@ except ImportError:  # Windows
 FORMAT = "alexnet-cifar10"
 FORMAT_VERSION = 1
 UNFINISHED = ".unfinished-"  # how a file is called until it is whole
+# All that a checkpoint calls when it is loaded. torch allows more, such as bytearray, which makes
+# any amount of memory out of a few bytes.
+PICKLED = {
+    "collections OrderedDict",
+    "torch FloatStorage",
+    "torch LongStorage",
+    "torch._utils _rebuild_tensor_v2",
+}
 # What values of wrong types or sizes in a checkpoint can raise where they are used.
 DAMAGE_ERRORS = (
     ArithmeticError,
@@ -51,7 +59,9 @@ class UserError(Exception):
 def run_script(main) -> None:
     """Calls main() and exits with its code; what a user can cause becomes one line and code 2."""
     try:
-        sys.exit(main())
+        code = _code_of(main)
+        sys.stdout.flush()
+        sys.exit(code)
     except BrokenPipeError:
         _drop_output()
         sys.exit(128 + 13)  # as a shell reports SIGPIPE
@@ -65,6 +75,13 @@ def run_script(main) -> None:
         _exit_with_line("error: out of memory; free some, or train with a smaller --batch-size", 2)
 
 
+def _code_of(main) -> int | None:
+    try:
+        return main()
+    except SystemExit as stopped:  # as after --help
+        return stopped.code
+
+
 def _is_out_of_memory(error: RuntimeError) -> bool:
     words = ("allocate memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
@@ -73,6 +90,10 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _exit_with_line(message: str, code: int) -> None:
     process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""  # by torchrun
     print(f"{Path(sys.argv[0]).name}{process}: {' '.join(message.split())}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk, which the message is about
+        _drop_output()
     sys.exit(code)
 
 
@@ -90,9 +111,10 @@ def _drop_output() -> None:
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second one stops at once.
+    """Turns Ctrl-C, SIGTERM or a closed pipe, as head leaves it, into a request to stop.
 
-    A closed pipe, as head leaves it, is a request as well.
+    A second Ctrl-C stops at once. A second SIGTERM does not: a cluster's manager and torchrun may
+    each send one.
     """
 
     def __init__(self):
@@ -104,7 +126,6 @@ class StopRequest:
     def _request(self, number, _frame) -> None:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -382,11 +403,6 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds more than tensors and plain values, so it was not loaded: "
-            "it could execute code. Only checkpoints written by train.py can be used"
-        ) from None
     except Exception:  # torch's reader raises many types on a damaged file
         raise UserError(f"{path} is truncated or damaged; use another file") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -402,22 +418,42 @@ def load_checkpoint(path: str | Path) -> dict:
     return content
 
 
-def _check_archive(path: Path) -> None:
-    """Raises UserError if the file is none of torch.save's, or would unpack to more than it is.
+def _calls(data: bytes) -> set[str]:
+    """What a pickle would have called when loaded, and "?" for what it does not name outright."""
+    found = set()
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name == "GLOBAL":
+            found.add(argument)
+        elif operation.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"):
+            found.add("?")
+    return found
 
-    Those are zip archives without compression. torch.load also reads an older format, which can
-    claim any amount of memory.
+
+def _check_archive(path: Path) -> None:
+    """Raises UserError for a file that train.py cannot have written, before anything is loaded.
+
+    torch.save writes zip archives without compression. torch.load also reads compressed ones and an
+    older format, which can claim any amount of memory.
     """
     with open(path, "rb") as file:
         if not file.read(4) == b"PK\x03\x04":
             raise UserError(f"{path} is not a checkpoint; use another file")
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > path.stat().st_size:
-        raise UserError(
-            f"{path} would unpack to {unpacked:,} bytes, more than it has; train.py writes none "
-            "like that, so it was not loaded"
-        )
+        if unpacked > path.stat().st_size:
+            raise UserError(
+                f"{path} would unpack to {unpacked:,} bytes, more than it has, so it was not "
+                "loaded; train.py writes none like that"
+            )
+        names = archive.namelist()
+        if len({name.lower() for name in names}) < len(names):  # torch may see another than we
+            raise UserError(f"{path} has two parts of one name; use another file")
+        for name in names:
+            if name.lower().endswith("data.pkl") and not _calls(archive.read(name)) <= PICKLED:
+                raise UserError(
+                    f"{path} holds more than tensors and plain values, so it was not loaded: "
+                    "it could execute code. Only checkpoints written by train.py can be used"
+                )
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@ import os
 import pickle
 import re
 import sys
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +254,17 @@ def write_attack(path, content):
     torch.save({**content, "format": FORMAT, "extra": Attack()}, path)
 
 
+def write_memory_bomb(path, content):
+    torch.save({**content, "format": FORMAT, "extra": bytearray(10)}, path)
+
+
+def write_two_parts_of_one_name(path, content):
+    torch.save({}, path)
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
+        warnings.simplefilter("ignore")
+        archive.writestr(archive.namelist()[0].upper(), b"")
+
+
 def write_bare_pickle_attack(path, content):
     path.write_bytes(pickle.dumps(Attack()))
 
@@ -270,6 +283,8 @@ BAD_FILES = [
     (write_list, "not a checkpoint of this program"),
     (write_whole_module, "could execute code"),
     (write_attack, "could execute code"),
+    (write_memory_bomb, "more than tensors"),
+    (write_two_parts_of_one_name, "two parts of one name"),
     (write_bare_pickle_attack, "is not a checkpoint"),
     (write_newer_format, "format version 2"),
 ]

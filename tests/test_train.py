@@ -319,6 +319,54 @@ def test_run_of_the_first_version_is_resumed(tiny, capsys):
     assert tiny("--resume", "old") == 0
     assert "old has all its 1 epochs" in capsys.readouterr().out
     assert tiny("--resume", "old", "--lr", 0.5) == 2
+    assert tiny("--resume", "old", "--epochs", 2, "--precision", "fp32") == 0
+    assert [row["epoch"] for row in rows("old")] == ["1", "2"]
+
+
+def test_state_of_the_optimizer_is_laid_out_as_the_weights_are():
+    """The fused step reads it as they lie, whatever a file says of its strides."""
+    parameter = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    sgd = torch.optim.SGD([parameter], momentum=0.9, fused=True)
+    plain = torch.randn(4, 3, 2, 2)
+    for value in (plain, plain[:1, :1].expand(4, 3, 2, 2)):
+        [[(name, fitted)]] = [
+            s.items() for s in train.fitting_state({0: {"momentum_buffer": value}}, sgd).values()
+        ]
+        assert name == "momentum_buffer"
+        assert fitted.stride() == parameter.stride()
+        assert torch.equal(fitted, value)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {0: {"momentum_buffer": torch.tensor(1.0)}},
+        {0: {"momentum_buffer": torch.ones(3)}},
+        {0: {"momentum_buffer": torch.ones(2, dtype=torch.float64)}},
+        {0: {"momentum_buffer": torch.ones(2, device="meta")}},
+        {0: {"momentum_buffer": torch.ones(2).to_sparse()}},
+        {0: {"momentum_buffer": None}},
+        {0: {"exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2), "step": torch.tensor(1.0)}},
+        {0: {}},
+        {0: {"momentum_buffer": torch.ones(2)}, 1: {"momentum_buffer": torch.ones(2)}},
+    ],
+)
+def test_state_of_another_kind_is_refused(state):
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], momentum=0.9, fused=True)
+    with pytest.raises(ValueError, match="the optimizer's state"):
+        train.fitting_state(state, sgd)
+
+
+def test_automatic_precision_is_that_of_the_run(tiny):
+    assert tiny("--epochs", 1, "--output-dir", "run", "--precision", "auto") == 0
+    assert tiny("--resume", "run", "--precision", "auto") == 0
+
+
+def test_output_dir_may_hold_what_a_killed_process_had_begun(tiny):
+    Path("run").mkdir()
+    Path("run/.unfinished-config.json-x").write_text("half")
+    assert tiny("--epochs", 1, "--output-dir", "run") == 0
+    assert not Path("run/.unfinished-config.json-x").exists()
 
 
 def test_folder_in_use_is_refused(tiny, capsys):
@@ -355,6 +403,18 @@ def test_closed_pipe_stops_the_run_and_saves_it(tmp_path):
     assert "Traceback" not in error
     last = torch.load(tmp_path / "run" / "last.pt")
     assert (last["epoch"], last["progress"]["step"]) > (0, 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+def test_output_to_a_full_disk_is_one_line(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(ROOT / "train.py"), "--help"]
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, timeout=60
+        )
+    assert done.returncode == 2
+    assert done.stderr == "train.py: error: [Errno 28] No space left on device\n"
 
 
 def test_home_that_cannot_be_written_to_and_no_display(tmp_path):
@@ -475,7 +535,14 @@ def test_resume_refuses_fewer_epochs_than_done(tiny, capsys):
     assert "--epochs 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("config", ["", "{}", "[]", '{"settings": {"epochs": -1}}', "\x00"])
+BROKEN_RECORDS = ["", "{}", "[]", '{"settings": {"epochs": -1}}', "\x00", "[" * 200_000]
+BROKEN_RECORDS += [
+    '{"settings": {"output_dir": "x"}, "starts": []}',
+    '{"settings": {"help": true}}',
+]
+
+
+@pytest.mark.parametrize("config", BROKEN_RECORDS, ids=range(len(BROKEN_RECORDS)))
 def test_resume_from_a_broken_record(tiny, capsys, config):
     Path("run").mkdir()
     Path("run/config.json").write_text(config)
