@@ -36,9 +36,19 @@ class Processes:
         self.count = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.max_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        self._shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
     def connect(self) -> None:
-        """Waits until all processes are there. They talk by NCCL on GPUs and by gloo on CPUs."""
+        """Waits until all processes are there. They talk by NCCL on GPUs and by gloo on CPUs.
+
+        Raises UserError if restarted processes could wait for ever for those from before, whose
+        addresses torchrun keeps in one store for all restarts unless it is told not to.
+        """
+        if self.count > 1 and self.max_restarts and self._shares_store:
+            raise UserError(
+                "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+                "environment, and --standalone or --rdzv_backend=c10d"
+            )
         if self.count > 1:
             has_gpus = torch.cuda.is_available()
             dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo")

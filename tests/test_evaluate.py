@@ -308,7 +308,13 @@ def test_bad_checkpoint_is_one_line(tmp_path, monkeypatch, capsys, content, writ
 
 
 BAD_PARTS = {
-    "model": [None, {"num_classes": 0}, {"num_classes": 2**60}, {"dropout": "half"}],
+    "model": [
+        None,
+        {"num_classes": 0},
+        {"num_classes": 2**60},
+        {"dropout": "half"},
+        {"norm": torch.ones(2)},
+    ],
     "weights": [None, {}, {"conv1.weight": torch.zeros(1)}],
     "classes": [None, ["a"], [1, 2, 3], ["a", "b", "\x1b[31m"]],
     "preprocessing": [
@@ -344,7 +350,7 @@ def test_checkpoint_with_a_part_missing(monkeypatch, content, part):
 
 @pytest.mark.parametrize(
     ("switch", "value"),
-    [("layers", 3), ("groups", "2"), ("norm", "batch"), ("activation", torch.ones(2))],
+    [("layers", 3), ("groups", "2"), ("norm", "batch")],
 )
 def test_network_that_this_version_does_not_know(monkeypatch, content, switch, value):
     newer = {**content, "model": {**content["model"], switch: value}}

@@ -318,9 +318,9 @@ def mutated_checkpoints(data, marker, is_long):
     draw = random.Random(0)
     content = torch.load(io.BytesIO(data), weights_only=True)
     hostile = list(hostile_archives(data, marker))
-    for i in range(250 if is_long else 20):
+    for i in range(250 if is_long else 12):
         yield f"bytes {i}", mutate_bytes(data, draw)
-    for i in range(250 if is_long else 20):
+    for i in range(250 if is_long else 12):
         yield f"content {i}", mutate_content(content, draw)
     for i, file in enumerate(hostile):
         if is_long or i % 10 == 0:

@@ -34,6 +34,8 @@ def train_tiny(folder, processes, *options, fault="", restarts=0):
     launcher = LAUNCHERS[processes] + ([f"--max-restarts={restarts}"] if restarts else [])
     command = [*launcher, str(ROOT / "tests" / "tiny_train.py"), *map(str, options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault}
+    if restarts:
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
     )
@@ -184,11 +186,16 @@ def test_each_process_has_its_own_gpu(monkeypatch):
     [
         ("--batch-size 1", {"WORLD_SIZE": 2}, "--batch-size 1 is less than"),
         ("", {"TORCHELASTIC_MAX_RESTARTS": 1}, "--max-restarts needs --output-dir"),
+        (
+            "--output-dir run",
+            {"WORLD_SIZE": 2, "TORCHELASTIC_MAX_RESTARTS": 1, "TORCHELASTIC_USE_AGENT_STORE": True},
+            "needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        ),
     ],
 )
 def test_bad_command_with_torchrun_is_one_line(monkeypatch, capsys, options, variables, named):
     process(monkeypatch, **variables)
-    monkeypatch.setattr(Processes, "connect", lambda self: None)
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend: None)
     monkeypatch.setattr(sys, "argv", ["train.py", *options.split()])
     with pytest.raises(SystemExit) as stopped:
         run_script(train.main)
