@@ -64,11 +64,20 @@ def same(a, b):
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
+def handlers_restored():
+    """What a script does on signals ends with the test that ran it."""
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    yield
+    for number, handler in handlers.items():
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
+
+
+@pytest.fixture
+def tiny(handlers_restored, monkeypatch, tmp_path):
     """Runs train.py in this process on 40 training images; returns exit code and output."""
     monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", SHAPES_PER_CLASS)
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments):
         arguments = list(map(str, arguments))
@@ -80,6 +89,4 @@ def tiny(monkeypatch, tmp_path):
             run_script(train.main)
         return stopped.value.code
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run

@@ -13,13 +13,12 @@ from utils import run_script
 
 
 @pytest.fixture
-def ablation(monkeypatch, tmp_path):
+def ablation(handlers_restored, monkeypatch, tmp_path):
     """Runs ablate.py in this process on 10 images, with one switch; returns the exit code."""
     monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", {"train": 2, "val": 1, "test": 1})
     switches = {"tanh": ablate.SWITCHES["tanh"]}
     monkeypatch.setattr(ablate, "SWITCHES", switches)
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments):
         command = ["ablate.py", "--dataset", "shapes", "--output-dir", "out", "--train-images", 10]
@@ -28,9 +27,7 @@ def ablation(monkeypatch, tmp_path):
             run_script(ablate.main)
         return stopped.value.code
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 def rows(path):
