@@ -47,6 +47,9 @@ class Split(NamedTuple):
     def select(self, index: Tensor) -> "Split":
         return Split(self.images[index], self.labels[index])
 
+    def joined_with(self, other: "Split") -> "Split":
+        return Split(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
+
 
 @dataclass
 class Dataset:
@@ -323,7 +326,7 @@ def _coverage(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------
 
 
-AUGMENTATIONS = ("shift", "paper", "none")
+AUGMENTATIONS = ("shift", "affine", "cutout", "strong", "paper", "none")
 COLOUR_NOISE = 0.1  # deviation of the factors alpha (paper §4.1; 2012 source: color_noise_coeff)
 
 
@@ -333,12 +336,19 @@ class Augmentation:
 
     flip: mirror it left to right with probability 1/2.
     shift: move it by up to this many of its own 32x32 pixels, in each direction.
+    rotation: turn it by up to this many degrees, either way.
+    zoom: enlarge or reduce it by up to this factor, at least 1.
+    cutout: hide a square of so many of its pixels a side, centred anywhere, by the mean colour
+        (DeVries and Taylor 2017, arXiv 1708.04552).
     crop: cut a 227x227 window out of the image enlarged to 256x256, instead of a shift.
     colours: [3, 3], the principal components that colour noise is made of, or None for no noise.
     """
 
     flip: bool = True
     shift: float = 4.0
+    rotation: float = 0.0
+    zoom: float = 1.0
+    cutout: int = 0
     crop: bool = False
     colours: Tensor | None = None
 
@@ -346,12 +356,22 @@ class Augmentation:
     def of(cls, name: str, images: Tensor) -> "Augmentation":
         """The augmentation called name for uint8 training images [N, 3, H, W].
 
-        "shift" mirrors and shifts, "paper" mirrors, crops and adds colour noise (paper §4.1), and
-        "none" does nothing.
+        All but "none" mirror. "shift" also shifts, "affine" shifts, turns and zooms, "cutout"
+        shifts and cuts out, "strong" does all of that and adds colour noise, and "paper" crops and
+        adds colour noise (paper §4.1).
         """
+        if name == "none":
+            return cls(flip=False, shift=0)
         if name == "paper":
             return cls(crop=True, colours=principal_components(images))
-        return cls() if name == "shift" else cls(flip=False, shift=0)
+        augmentation = cls()
+        if name in ("affine", "strong"):
+            augmentation.rotation, augmentation.zoom = 15.0, 1.2
+        if name in ("cutout", "strong"):
+            augmentation.cutout = 12
+        if name == "strong":
+            augmentation.colours = principal_components(images)
+        return augmentation
 
 
 def principal_components(images: Tensor) -> Tensor:
@@ -374,7 +394,11 @@ def principal_components(images: Tensor) -> Tensor:
 
 
 def resample(
-    images: Tensor, maps: Tensor, preprocessing: Preprocessing, noise: Tensor | None = None
+    images: Tensor,
+    maps: Tensor,
+    preprocessing: Preprocessing,
+    noise: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Normalises uint8 images and resamples each through its own affine map.
 
@@ -387,6 +411,7 @@ def resample(
         noise: float [N, 3], added to every pixel of an image, in 0..255. The sum is divided by
             1 + COLOUR_NOISE, so that noisy images vary no more than plain ones do (2012 source,
             convdata.py, get_next_batch).
+        hidden: bool [N, 1, H, W], the pixels to be replaced by the mean colour.
 
     Returns float32 [N, 3, S, S], channels last. The identity map gives what
     torch.nn.functional.interpolate(mode="bilinear") gives.
@@ -401,6 +426,8 @@ def resample(
     if noise is not None:
         centred = (centred + noise[:, :, None, None]) / (1 + COLOUR_NOISE)
     normalised = centred / std
+    if hidden is not None:
+        normalised = normalised.masked_fill(hidden, 0)
     resampled = F.grid_sample(normalised, grid, padding_mode="reflection", align_corners=False)
     return resampled.contiguous(memory_format=torch.channels_last)
 
@@ -448,7 +475,7 @@ def plain_map(preprocessing: Preprocessing) -> Tensor:
 
 
 def random_maps(n: int, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """[n, 2, 3] maps with a random mirror image and shift or crop, on the CPU."""
+    """[n, 2, 3] maps with a random mirror image and shift or crop, turn and zoom, on the CPU."""
     if augmentation.crop:
         corners = torch.randint(0, ENLARGED_SIZE - IMAGE_SIZE + 1, (n, 2), generator=generator)
         maps = crop_maps(corners)
@@ -458,7 +485,35 @@ def random_maps(n: int, augmentation: Augmentation, generator: torch.Generator) 
         maps[:, :, 2] = (torch.rand(n, 2, generator=generator) * 2 - 1) * augmentation.shift / 16
     if augmentation.flip:
         maps[:, 0] *= torch.randint(0, 2, (n, 1), generator=generator) * 2 - 1
+    if augmentation.rotation or augmentation.zoom > 1:
+        turn, zoom = torch.rand(2, n, generator=generator) * 2 - 1
+        maps[:, :, :2] = maps[:, :, :2] @ turning_maps(
+            turn * augmentation.rotation, augmentation.zoom**zoom
+        )
     return maps
+
+
+def turning_maps(degrees: Tensor, zoom: Tensor) -> Tensor:
+    """[n, 2, 2] maps about the centre: turned by degrees [n] and enlarged zoom [n] times."""
+    angle = degrees.deg2rad()
+    cosine, sine = angle.cos() / zoom, angle.sin() / zoom
+    return torch.stack([cosine, -sine, sine, cosine], 1).view(-1, 2, 2)
+
+
+def random_squares(n: int, side: int, size: int, generator: torch.Generator) -> Tensor:
+    """[n, 2], the first row and column of a square centred on any pixel of an image, on the CPU.
+
+    Near an edge a part of it lies outside; size is that of the image.
+    """
+    return torch.randint(0, size, (n, 2), generator=generator) - side // 2
+
+
+def inside_squares(corners: Tensor, side: int, size: int) -> Tensor:
+    """bool [n, 1, size, size]: which pixels lie in the squares at these corners, [n, 2]."""
+    place = torch.arange(size, device=corners.device)
+    first = corners[:, :, None]
+    rows, columns = ((place >= first) & (place < first + side)).unbind(1)
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 def random_colours(colours: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -492,11 +547,16 @@ def training_batches(
     noise = None
     if augmentation.colours is not None:
         noise = random_colours(augmentation.colours, n, generator).to(device)
+    side, size = augmentation.cutout, split.images.shape[-1]
+    squares = random_squares(n, side, size, generator).to(device) if side else None
     for start in range(first_step * batch_size, n, batch_size):
         batch = slice(start, start + batch_size)
         index = order[batch][share]
         batch_noise = None if noise is None else noise[batch][share]
-        images = resample(split.images[index], maps[batch][share], preprocessing, batch_noise)
+        hidden = None if squares is None else inside_squares(squares[batch][share], side, size)
+        images = resample(
+            split.images[index], maps[batch][share], preprocessing, batch_noise, hidden
+        )
         yield images, split.labels[index]
 
 

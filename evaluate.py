@@ -441,6 +441,8 @@ def main() -> None:
     network, preprocessing, checkpoint = load_network(args.checkpoint)
     training = checkpoint["training"]
     precision = select_precision(args.precision or training["precision"], device)
+    if args.split == "val" and training.get("train_split") == "full":
+        raise UserError(f"{args.checkpoint} was trained on the validation images; use --split test")
     dataset = load_dataset(training["dataset"], args.data_dir or data_dir_of(training))
     if dataset.classes != checkpoint["classes"]:
         raise UserError(f"{args.checkpoint} has other classes than {training['dataset']}")

@@ -30,16 +30,18 @@ def learning_curves(history: list[dict], title: str) -> Figure:
 
     Args:
         history: a row per epoch with epoch, train_loss, val_loss, train_accuracy, val_accuracy
-            (0..1), as in metrics.csv.
+            (0..1), as in metrics.csv; val_* are None if nothing was held out.
         title: what the run is.
     """
+    splits = {"train": ("training (with dropout)", ORANGE, "s"), "val": ("validation", BLUE, "o")}
+    if history[0]["val_loss"] is None:
+        del splits["val"]
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
     for axes, metric, scale in ((loss_axes, "loss", 1), (accuracy_axes, "accuracy", 100)):
-        for split, colour, marker in (("train", ORANGE, "s"), ("val", BLUE, "o")):
+        for split, (name, colour, marker) in splits.items():
             values = [row[f"{split}_{metric}"] * scale for row in history]
-            name = {"train": "training (with dropout)", "val": "validation"}[split]
             axes.plot(epochs, values, color=colour, marker=marker, markersize=4, label=name)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -49,8 +51,9 @@ def learning_curves(history: list[dict], title: str) -> Figure:
     loss_axes.legend(frameon=False)
     accuracy_axes.set_ylabel("top-1 accuracy (%)")
     accuracy_axes.set_ylim(0, 100)
-    best = max(history, key=lambda row: row["val_accuracy"])
-    figure.suptitle(f"{title}: best validation accuracy {best['val_accuracy']:.1%}")
+    if "val" in splits:
+        title += f": best validation accuracy {max(row['val_accuracy'] for row in history):.1%}"
+    figure.suptitle(title)
     return figure
 
 
@@ -435,7 +438,7 @@ def read_history(run_dir: Path) -> list[dict]:
             return history
     except (OSError, UnicodeDecodeError, ValueError, TypeError):
         pass
-    raise UserError(f"{path} has no epochs; name the folders of runs of train.py")
+    raise UserError(f"{path} has no validated epochs; name the folders of runs of train.py")
 
 
 def parse_arguments() -> argparse.Namespace:

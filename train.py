@@ -9,17 +9,22 @@ needs) and best.pt (the best on the validation split, all that evaluate.py needs
 import argparse
 import contextlib
 import csv
+import functools
+import importlib.util
 import json
 import math
 import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 import figures
@@ -72,23 +77,32 @@ from utils import (
 # Recipes: what the options are unless the command line says otherwise
 # ---------------------------------------------------------------------------------------------
 
-OPTIMIZERS = {"sgd": "SGD", "adam": "Adam"}  # names for options and for people
-SGD = {"momentum": 0.9, "weight_decay": 5e-4}  # paper §5
+OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}  # names for options and for people
+SGD = {"momentum": 0.9, "nesterov": False, "weight_decay": 5e-4}  # paper §5
 ADAM = {"weight_decay": 0.0}
-MODERN = {  # the best one known
+ADAMW = {"weight_decay": 0.05}
+SMALL = {"batch_size": 32}
+FIRST = {  # what runs did before these were options
+    "batch_size": 128,
     "init": "he",
     "input": "standardised",
     "augmentation": "shift",
+    "mix": "none",
+    "label_smoothing": 0.0,
     "schedule": "cosine",
+    "warm_up": 0.05,
     "bias_lr_factor": 1.0,
     "bias_decay_factor": 1.0,
+    "ema": 0.0,
     "activation": "relu",
     "norm": "lrn",
     "pooling": "overlapping",
     "dropout": 0.5,
     "groups": 1,
 }
+MODERN = {**FIRST}  # the best one known
 PAPER = {  # 2012
+    **FIRST,
     "init": "2012",  # 2012 source: layers/layers-145.cfg, layers-166.cfg
     "input": "centred",  # §2
     "augmentation": "paper",  # §4.1
@@ -102,43 +116,68 @@ PAPER = {  # 2012
     "groups": 1,  # one GPU is enough today; the paper had 2 (§3.2)
 }
 RECIPES = {
-    ("modern", "cifar10", "sgd"): {"epochs": 60, "batch_size": 128, "lr": 0.01, **SGD, **MODERN},
-    ("modern", "cifar10", "adam"): {"epochs": 60, "batch_size": 128, "lr": 2e-4, **ADAM, **MODERN},
-    ("modern", "shapes", "sgd"): {"epochs": 4, "batch_size": 32, "lr": 0.01, **SGD, **MODERN},
-    ("modern", "shapes", "adam"): {"epochs": 4, "batch_size": 32, "lr": 1e-4, **ADAM, **MODERN},
+    ("modern", "cifar10", "sgd"): {"epochs": 60, "lr": 0.01, **SGD, **MODERN},
+    ("modern", "cifar10", "adam"): {"epochs": 60, "lr": 2e-4, **ADAM, **MODERN},
+    ("modern", "cifar10", "adamw"): {"epochs": 60, "lr": 2e-4, **ADAMW, **MODERN},
+    ("modern", "shapes", "sgd"): {"epochs": 4, "lr": 0.01, **SGD, **MODERN, **SMALL},
+    ("modern", "shapes", "adam"): {"epochs": 4, "lr": 1e-4, **ADAM, **MODERN, **SMALL},
+    ("modern", "shapes", "adamw"): {"epochs": 4, "lr": 1e-4, **ADAMW, **MODERN, **SMALL},
+    # An hour on two CPU cores.
+    ("fast", "cifar10", "sgd"): {"epochs": 8, "lr": 0.02, **SGD, **MODERN},
+    ("fast", "cifar10", "adam"): {"epochs": 8, "lr": 2e-4, **ADAM, **MODERN},
     # §5: 90 epochs, batches of 128, and 0.01, which diverges here (docs/faithful.md).
-    ("paper", "cifar10", "sgd"): {"epochs": 90, "batch_size": 128, "lr": 1e-3, **SGD, **PAPER},
-    ("paper", "shapes", "sgd"): {"epochs": 4, "batch_size": 32, "lr": 1e-3, **SGD, **PAPER},
+    ("paper", "cifar10", "sgd"): {"epochs": 90, "lr": 1e-3, **SGD, **PAPER},
+    ("paper", "shapes", "sgd"): {"epochs": 4, "lr": 1e-3, **SGD, **PAPER, **SMALL},
 }
+RECIPE_NAMES = ("modern", "fast", "paper")
 DEFAULTS = {
     "recipe": "modern",
     "dataset": "cifar10",
     "optimizer": "sgd",
     "data_dir": DEFAULT_DATA_DIR,
+    "train_split": "train",
     "seed": 0,
     "device": "auto",
     "precision": "auto",
     "compile": False,
     "deterministic": False,
     "save_every": 3.0,
+    "tensorboard": False,
 }
-WARM_UP = 0.05  # of all steps
+# What runs did before an option existed, whatever the recipes have now.
+BEFORE = {**DEFAULTS, **FIRST, "nesterov": False}
+MIXES = {  # of two images and their labels, with the papers' parameters for CIFAR-10
+    "none": None,
+    "mixup": functools.partial(v2.MixUp, alpha=1.0),  # Zhang et al. 2018, arXiv 1710.09412
+    "cutmix": functools.partial(v2.CutMix, alpha=1.0),  # Yun et al. 2019, arXiv 1905.04899
+}
 PATIENCE = 5  # epochs; the paper does not say how long its authors watched
 DIVISIONS = 3  # paper §5: the learning rate was "reduced three times prior to termination"
 
 METRICS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 TIMING = ("epoch", "seconds", "images_per_second", "peak_memory_mib")
+MAY_BE_MISSING = {  # None in the history
+    "val_loss",  # with --train-split full
+    "val_accuracy",
+    "peak_memory_mib",  # unknown on some systems
+}
 STATE_NAMES = {  # what an optimizer keeps for each parameter
     torch.optim.SGD: {"momentum_buffer"},
     torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
 }
 # Settings that --resume may change; any other would make it another experiment.
-CHANGEABLE = ("epochs", "data_dir", "device", "compile", "deterministic", "save_every")
+CHANGEABLE = (
+    *("epochs", "data_dir", "device", "compile", "deterministic", "save_every", "tensorboard"),
+)
 
 
-def learning_rate(step: int, total_steps: int, peak: float) -> float:
-    """Rises linearly to peak over the first 5 % of the steps, then falls to 0 as a half cosine."""
-    warm_up_steps = max(1, round(WARM_UP * total_steps))
+def learning_rate(step: int, total_steps: int, peak: float, warm_up: float) -> float:
+    """Rises linearly to peak over a share warm_up of the steps, then falls to 0 as a half cosine.
+
+    With a warm-up of 0.3 it is one cycle (Smith 2018, arXiv 1803.09820).
+    """
+    warm_up_steps = max(1, round(warm_up * total_steps))
     if step < warm_up_steps:
         return peak * (step + 1) / warm_up_steps
     progress = (step - warm_up_steps) / max(1, total_steps - warm_up_steps)
@@ -161,7 +200,7 @@ def plateau_rate(val_accuracies: list[float], start: float) -> float:
 
 
 def make_optimizer(network: AlexNet, config: dict) -> torch.optim.Optimizer:
-    """SGD or Adam; biases have a learning rate and a weight decay of their own.
+    """SGD, Adam or AdamW; biases have a learning rate and a weight decay of their own.
 
     SGD's step is b <- m b + (g + d w), w <- w - r b, with gradient g, momentum m, weight decay d
     and learning rate r. The paper's (§5) is v <- m v - r d w - r g, w <- w + v. They are the same,
@@ -170,8 +209,10 @@ def make_optimizer(network: AlexNet, config: dict) -> torch.optim.Optimizer:
     settings = {"lr": config["lr"], "weight_decay": config["weight_decay"], "fused": True}
     groups = parameter_groups(network, config)
     if config["optimizer"] == "sgd":
-        return torch.optim.SGD(groups, momentum=config["momentum"], **settings)
-    return torch.optim.Adam(groups, **settings)
+        momentum = {"momentum": config["momentum"], "nesterov": config["nesterov"]}
+        return torch.optim.SGD(groups, **momentum, **settings)
+    kind = torch.optim.AdamW if config["optimizer"] == "adamw" else torch.optim.Adam
+    return kind(groups, **settings)
 
 
 def parameter_groups(network: AlexNet, config: dict) -> list[dict]:
@@ -192,6 +233,19 @@ def parameter_groups(network: AlexNet, config: dict) -> list[dict]:
     ]
 
 
+def make_mix(config: dict, num_classes: int) -> Callable | None:
+    """What mixes a batch's images [N, 3, S, S] and labels [N], which become [N, classes]."""
+    kind = MIXES[config["mix"]]
+    return kind and kind(num_classes=num_classes)
+
+
+def make_average(network: AlexNet, config: dict) -> AveragedModel | None:
+    """The exponential moving average of the network's weights, begun with the first step."""
+    if not config["ema"]:
+        return None
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config["ema"]))
+
+
 def make_network(config: dict, num_classes: int) -> AlexNet:
     """The network with a run's switches and first weights."""
     switches = {name: config[name] for name in ("dropout", *CHOICES)}
@@ -210,15 +264,22 @@ def make_network(config: dict, num_classes: int) -> AlexNet:
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description="Train AlexNet.", argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--recipe", choices=("modern", "paper"), help="sets other defaults; default: modern")
+    flag = argparse.BooleanOptionalAction  # --no-x takes back what the recipe or the run has
+    add("--recipe", choices=RECIPE_NAMES, help="sets other defaults; default: modern")
     add("--dataset", choices=DATASETS, help="default: cifar10")
     add("--data-dir", help=f"where CIFAR-10 is or goes; default: {DEFAULT_DATA_DIR}")
+    add(
+        "--train-split",
+        choices=("train", "full"),
+        help="full: train on the validation images too, once all choices are made; default: train",
+    )
     add("--train-images", type=positive_int, metavar="N", help="use so many; default: all")
     add("--optimizer", choices=OPTIMIZERS, help="default: sgd")
     add("--epochs", type=positive_int, help=recipe_defaults("epochs"))
     add("--batch-size", type=positive_int, help=recipe_defaults("batch_size"))
     add("--lr", type=positive_float, help=f"the highest; {recipe_defaults('lr')}")
     add("--momentum", type=fraction, help=f"of sgd; {recipe_defaults('momentum')}")
+    add("--nesterov", action=flag, help=f"momentum of sgd; {recipe_defaults('nesterov')}")
     add("--weight-decay", type=fraction, help=recipe_defaults("weight_decay"))
     factor = {"type": non_negative_float, "metavar": "FACTOR"}
     add("--bias-lr-factor", **factor, help=f"times --lr; {recipe_defaults('bias_lr_factor')}")
@@ -228,6 +289,15 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"times --weight-decay; {recipe_defaults('bias_decay_factor')}",
     )
     add("--schedule", choices=("cosine", "plateau"), help=recipe_defaults("schedule"))
+    add("--warm-up", type=fraction, help=f"share of cosine's steps; {recipe_defaults('warm_up')}")
+    add("--label-smoothing", type=fraction, help=recipe_defaults("label_smoothing"))
+    add("--mix", choices=MIXES, help=f"pairs of images; {recipe_defaults('mix')}")
+    add(
+        "--ema",
+        type=fraction,
+        metavar="DECAY",
+        help=f"evaluate a moving average of the weights; {recipe_defaults('ema')}",
+    )
     add("--init", choices=INITS, help=f"first weights and biases; {recipe_defaults('init')}")
     add("--input", choices=INPUTS, help=recipe_defaults("input"))
     add("--augmentation", choices=AUGMENTATIONS, help=recipe_defaults("augmentation"))
@@ -241,9 +311,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
     add("--precision", choices=("auto", "fp32", "bf16"), help="default: auto")
-    add("--compile", action="store_true", help="let torch.compile fuse the network; for GPUs")
-    add("--deterministic", action="store_true", help="the same bits each time on a GPU too; slower")
+    add("--compile", action=flag, help="let torch.compile fuse the network; for GPUs")
+    add("--deterministic", action=flag, help="the same bits each time on a GPU too; slower")
     add("--save-every", type=positive_float, metavar="MINUTES", help="save that often; default: 3")
+    add("--tensorboard", action=flag, help="log to the run's folder for TensorBoard as well")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output-dir", type=Path, help="default: a new one in runs")
     where.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a stopped run")
@@ -251,7 +322,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def recipe_defaults(name: str) -> str:
-    """For --help: the option's default, and where the paper's recipe or Adam has another."""
+    """For --help: the option's default, and which recipes have another."""
     values = {key: recipe[name] for key, recipe in RECIPES.items() if name in recipe}
     first = values["modern", "cifar10", "sgd"]
     others = [f"{value} for {' '.join(key)}" for key, value in values.items() if value != first]
@@ -263,19 +334,26 @@ def new_config(given: dict) -> dict:
     config = {**DEFAULTS, **given}
     key = config["recipe"], config["dataset"], config["optimizer"]
     if key not in RECIPES:
-        raise UserError(
-            f"--recipe {config['recipe']} is for --optimizer sgd; leave one of the two out"
-        )
+        known = " or ".join(sorted({o for r, d, o in RECIPES if (r, d) == key[:2]}))
+        where = f"--optimizer {known}" if known else "--dataset cifar10"
+        raise UserError(f"--recipe {config['recipe']} is for {where}; leave one of the two out")
     recipe = RECIPES[key]
-    if "momentum" in config and "momentum" not in recipe:
-        raise UserError("--momentum is for --optimizer sgd; leave it out with adam")
-    return {**recipe, **config}
+    for name in ("momentum", "nesterov"):
+        if name in config and name not in recipe:
+            raise UserError(f"{as_option(name)} is for --optimizer sgd; leave it out")
+    config = {**recipe, **config}
+    if config["train_split"] == "full" and config["schedule"] == "plateau":
+        raise UserError("--schedule plateau watches the validation images; use --train-split train")
+    if config.get("nesterov") and not config["momentum"]:
+        raise UserError("--nesterov needs a --momentum above 0")
+    return config
 
 
 def run_name(config: dict) -> str:
-    """For people: the data set, and the optimizer or the paper's recipe."""
-    how = "the paper's recipe" if config["recipe"] == "paper" else OPTIMIZERS[config["optimizer"]]
-    return f"AlexNet on {DATASETS[config['dataset']]}, {how}"
+    """For people: the data set, the optimizer and the recipe."""
+    how = {"modern": "", "fast": ", fast recipe", "paper": ", the paper's recipe"}
+    optimizer = OPTIMIZERS[config["optimizer"]]
+    return f"AlexNet on {DATASETS[config['dataset']]}, {optimizer}{how[config['recipe']]}"
 
 
 def make_run_dir(config: dict, output_dir: Path | None) -> Path:
@@ -294,7 +372,8 @@ def make_run_dir(config: dict, output_dir: Path | None) -> Path:
 def free_run_dir(config: dict, output_dir: Path | None) -> Path:
     """The folder for a new run, not yet made. Raises UserError if output_dir is taken."""
     if output_dir is None:
-        how = "paper" if config["recipe"] == "paper" else config["optimizer"]
+        recipe, optimizer = config["recipe"], config["optimizer"]
+        how = {"modern": optimizer, "fast": f"fast-{optimizer}", "paper": "paper"}[recipe]
         name = f"{config['dataset']}-{how}"
         candidates = [Path("runs", name)] + [Path("runs", f"{name}-{i}") for i in range(2, 10000)]
         return next(path for path in candidates if not path.exists())
@@ -326,8 +405,10 @@ def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
         record = json.loads(path.read_text())
         if record["settings"].keys() & {"resume", "output_dir", "help"}:
             raise ValueError("it has more than settings")
-        settings = make_parser().parse_args(as_command_line(record["settings"]))
-        config = new_config(vars(settings))
+        settings = vars(make_parser().parse_args(as_command_line(record["settings"])))
+        for name in new_config(settings).keys() - settings.keys():
+            settings[name] = BEFORE[name]
+        config = new_config(settings)
         # The first version of this program noted one start only.
         starts = list(record["starts"]) if "starts" in record else [record["environment"]]
     except FileNotFoundError:
@@ -352,10 +433,13 @@ def as_option(name: str) -> str:
 
 
 def as_command_line(settings: dict) -> list[str]:
+    """The options of train.py that give these settings."""
+    flags = {True: "--", False: "--no-"}
     return [
-        as_option(name) if value is True else f"{as_option(name)}={value}"
+        as_option(name).replace("--", flags[value], 1)
+        if isinstance(value, bool)
+        else f"{as_option(name)}={value}"
         for name, value in settings.items()
-        if value is not False
     ]
 
 
@@ -381,11 +465,14 @@ class Run:
     ):
         self.dir, self.config, self.device, self.processes = run_dir, config, device, processes
         self.lock: FolderLock | None = None
+        self.tensorboard = None  # opened with the folder, if asked for
         self.classes = dataset.classes
         images, augmentation = dataset.train.images, config["augmentation"]
         self.preprocessing = Preprocessing.of(images, config["input"], augmentation)
         self.augmentation = Augmentation.of(augmentation, images)
-        self.train, self.val = dataset.train.to(device), dataset.val.to(device)
+        self.train = dataset.train.to(device)
+        # With all images in training, none are left to choose by.
+        self.val = dataset.val.to(device) if config["train_split"] == "train" else None
         self.steps_per_epoch = math.ceil(len(self.train.labels) / config["batch_size"])
         self.total_steps = self.steps_per_epoch * config["epochs"]
         self.network = make_network(config, len(self.classes))
@@ -393,6 +480,8 @@ class Run:
         self.parallel = processes.parallel(self.network)
         self.compiled = compiled(self.parallel, device) if config["compile"] else self.parallel
         self.optimizer = make_optimizer(self.network, config)
+        self.mix = make_mix(config, len(self.classes))
+        self.average = make_average(self.network, config)
 
         self.epoch = 0  # epochs finished
         self.step = 0  # steps done in the epoch under way
@@ -412,12 +501,19 @@ class Run:
         """Whether this is the process that writes files and prints."""
         return self.processes.rank == 0
 
+    @property
+    def evaluated(self) -> AlexNet:
+        """The network that is validated and kept: the one in training, or its average."""
+        return self.average.module if self.average else self.network
+
     def say(self, text: str) -> None:
         if self.is_first:
             say(text)
 
     def close(self) -> None:
         """Lets another process write to the run's folder."""
+        if self.tensorboard:
+            self.tensorboard.close()
         if self.lock:
             self.lock.release()
 
@@ -425,7 +521,7 @@ class Run:
         """What evaluate.py needs of the network; its weights go on changing with the network."""
         return {
             "model": self.network.config,
-            "weights": self.network.state_dict(),
+            "weights": self.evaluated.state_dict(),
             "classes": self.classes,
             "preprocessing": vars(self.preprocessing),
             "training": self.config,
@@ -462,6 +558,8 @@ class Run:
         }
         optimizer = {"state": self.optimizer.state_dict()["state"]}  # its settings are the run's
         content = {**self.checkpoint(), "optimizer": optimizer, "progress": progress}
+        if self.average:
+            content["weights_in_training"] = self.network.state_dict()
         if self.is_first:
             save_checkpoint(self.dir / "last.pt", content)
         self.last_save = time.monotonic()
@@ -492,15 +590,19 @@ class Run:
         """Goes back to where last.pt was written. Raises UserError if it does not fit the run."""
         path = self.dir / "last.pt"
         network, _, content = load_network(path)
-        # A checkpoint from before an option existed was trained as the default does.
-        recorded = {**DEFAULTS, **MODERN, **content["training"]}
-        for name in {**recorded, **self.config}:
+        recorded = {**{name: BEFORE.get(name) for name in self.config}, **content["training"]}
+        for name in recorded:
             value = self.config.get(name)
-            if name not in CHANGEABLE and recorded.get(name) != value:
+            if name not in CHANGEABLE and recorded[name] != value:
                 raise UserError(f"{path} is not of this run: its {name!a:.40} is not {value}")
         try:
             check_progress(content, self.steps_per_epoch)
-            self.network.load_state_dict(network.state_dict())
+            self.evaluated.load_state_dict(network.state_dict())
+            if self.average:
+                check_dicts(content, "weights_in_training")
+                for name, weight in self.network.state_dict().items():
+                    weight.copy_(fitting_tensor(content["weights_in_training"][name], weight))
+                self.average.n_averaged.fill_(1)  # 0 would mean that it is still to begin
             settings = self.optimizer.state_dict()["param_groups"]
             state = fitting_state(content["optimizer"]["state"], self.optimizer)
             self.optimizer.load_state_dict({"state": state, "param_groups": settings})
@@ -533,7 +635,10 @@ class Run:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
 
     def write_history(self) -> None:
-        """Writes metrics.csv, timing.csv and curves.png from the first epoch to the last."""
+        """Writes metrics.csv, timing.csv and curves.png from the first epoch to the last.
+
+        TensorBoard, if asked for, gets the last.
+        """
         for name, columns in (("metrics.csv", METRICS), ("timing.csv", TIMING)):
             with (
                 atomic_write(self.dir / name) as temporary,
@@ -544,6 +649,11 @@ class Run:
                 writer.writerows(self.history)
         curves = figures.learning_curves(self.history, run_name(self.config))
         figures.save_figure(curves, self.dir / "curves.png")
+        if self.tensorboard:
+            row = self.history[-1]
+            for name in row.keys() - {"epoch", "step"} - {n for n in row if row[n] is None}:
+                self.tensorboard.add_scalar(name, row[name], row["epoch"])
+            self.tensorboard.flush()
 
 
 def check_progress(content: dict, steps_per_epoch: int) -> None:
@@ -559,8 +669,8 @@ def check_progress(content: dict, steps_per_epoch: int) -> None:
         raise ValueError(f"its history is not one of {epoch!a:.40} epochs")
     numbers = [progress["seconds"]]
     for row in progress["history"]:
-        numbers += [row[name] for name in (*METRICS, *TIMING) if name != "peak_memory_mib"]
-        numbers += [row["peak_memory_mib"] or 0]  # unknown on some systems
+        numbers += [row[name] for name in (*METRICS, *TIMING) if name not in MAY_BE_MISSING]
+        numbers += [row[name] or 0 for name in MAY_BE_MISSING]
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
         raise ValueError("its history is not made of numbers")
 
@@ -589,9 +699,9 @@ def fitting_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
 def fitting_tensor(value: Tensor, model: Tensor) -> Tensor:
     """A copy of value with the memory layout of model. Raises ValueError if it is another kind."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-        raise ValueError("a part of the optimizer's state is no tensor")
+        raise ValueError("a part of the optimizer's state or a weight is no tensor")
     if value.shape != model.shape or value.dtype != torch.float32:
-        raise ValueError("a part of the optimizer's state does not fit the network")
+        raise ValueError("a part of the optimizer's state or a weight does not fit the network")
     return torch.empty_like(model, requires_grad=False).copy_(value)
 
 
@@ -604,7 +714,7 @@ def rate_now(run: Run, global_step: int) -> float:
     """The weights' learning rate at this step of the whole run."""
     if run.config["schedule"] == "plateau":
         return plateau_rate([row["val_accuracy"] for row in run.history], run.config["lr"])
-    return learning_rate(global_step, run.total_steps, run.config["lr"])
+    return learning_rate(global_step, run.total_steps, run.config["lr"], run.config["warm_up"])
 
 
 def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -619,14 +729,23 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
         group["lr"] = rate * group["lr_factor"]
     # Dropout depends on seed, step and process, so that a resumed run draws what it would have.
     torch.manual_seed(mix_seeds(run.config["seed"], global_step, run.processes.rank))
+    if run.mix and len(labels) > 1:
+        images, targets = run.mix(images, labels)
+        labels = targets.argmax(1)  # of the image that there is more of
+    else:
+        targets = labels
     # The epoch's last, smaller batch would be compiled anew.
     network = run.compiled if batch_images == run.config["batch_size"] else run.parallel
     with autocast(run.device, run.config["precision"]):
         logits = network(images)
-        loss = F.cross_entropy(logits, labels, reduction="sum") / batch_images
+        smoothing = run.config["label_smoothing"]
+        loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+        loss = loss / batch_images
     (loss * run.processes.count).backward()  # the parallel network divides by it
     run.optimizer.step()
     run.optimizer.zero_grad()
+    if run.average:
+        run.average.update_parameters(run.network)
     return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
 
@@ -682,12 +801,12 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
 def finish_epoch(run: Run) -> None:
     """Validates, notes the epoch in the run's folder and keeps the network if it is the best."""
     images = len(run.train.labels)
-    val_loss, val_accuracy = validate(run)
-    if not math.isfinite(val_loss):
+    val_loss, val_accuracy = validate(run) if run.val else (None, None)
+    if run.val and not math.isfinite(val_loss):
         raise run.diverged(f"the validation loss became {val_loss}", run.step)
     train_loss, train_accuracy = running_metrics(run)
     last_rate = rate_now(run, (run.epoch + 1) * run.steps_per_epoch - 1)
-    best_before = max((row["val_accuracy"] for row in run.history), default=-1.0)
+    best_before = max((row["val_accuracy"] or 0 for row in run.history), default=-1.0)
     run.epoch += 1
     row = {
         "epoch": run.epoch,
@@ -702,18 +821,18 @@ def finish_epoch(run: Run) -> None:
         "peak_memory_mib": peak_memory_mib(run.device),
     }
     run.history.append(row)
-    if val_accuracy > best_before and run.is_first:
+    if run.is_first and (not run.val or val_accuracy > best_before):
         run.keep_best()
     run.step, run.seconds = 0, 0.0
     run.losses.zero_()
     run.correct.zero_()
     if run.is_first:
         run.write_history()
+    validation = f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}; " if run.val else ""
     run.say(
         f"epoch {run.epoch}/{run.config['epochs']}: "
         f"training loss {train_loss:.4f}, accuracy {train_accuracy:.2%}; "
-        f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}; "
-        f"{row['images_per_second']:,.0f} images/s"
+        f"{validation}{row['images_per_second']:,.0f} images/s"
     )
 
 
@@ -721,7 +840,7 @@ def validate(run: Run) -> tuple[float, float]:
     """Loss and accuracy on the validation split, of which each process sees its share."""
     share, precision = run.processes.share, run.config["precision"]
     logits = torch.zeros(len(run.val.labels), len(run.classes), device=run.device)
-    logits[share] = predict(run.network, run.val.images[share], run.preprocessing, precision)
+    logits[share] = predict(run.evaluated, run.val.images[share], run.preprocessing, precision)
     return loss_and_accuracy(run.processes.sum(logits), run.val.labels)
 
 
@@ -812,7 +931,8 @@ class Progress:
         steps_left = run.total_steps - run.epoch * run.steps_per_epoch - run.step
         epochs_left = run.config["epochs"] - run.epoch
         # A validation image costs about a third of a training image: no backward pass.
-        validation_steps = epochs_left * len(run.val.labels) / run.config["batch_size"] / 3
+        validation_images = len(run.val.labels) if run.val else 0
+        validation_steps = epochs_left * validation_images / run.config["batch_size"] / 3
         seconds = step_seconds * (steps_left + validation_steps)
         message = f"this run will take about {readable_duration(seconds)}"
         if run.device.type == "cpu" and seconds > 600:
@@ -865,8 +985,12 @@ def prepare(given: dict, processes: Processes) -> Run:
     config["precision"] = processes.from_first(lambda: precision)  # machines may differ
     if config["deterministic"]:
         make_deterministic()
+    if config["tensorboard"] and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
     with processes.one_before_the_others():
         dataset = load_dataset(config["dataset"], config["data_dir"])
+    if config["train_split"] == "full":
+        dataset.train = dataset.train.joined_with(dataset.val)
     if "train_images" in config:
         dataset.train = stratified_subset(dataset.train, config["train_images"])
     run = Run(run_dir, config, dataset, device, processes)
@@ -894,14 +1018,26 @@ def open_folder(
         raise UserError(f"{run.dir} is not the same for all processes; is the folder shared?")
     if run.is_first and run.epoch < run.config["epochs"]:
         run.write_config(earlier_starts)
+        if run.config["tensorboard"]:
+            run.tensorboard = tensorboard_writer(run.dir, first_epoch=run.epoch + 1)
+
+
+def tensorboard_writer(run_dir: Path, first_epoch: int):
+    """A SummaryWriter to the run's folder; what it has from first_epoch on will not be shown."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to load, and not everyone has it
+
+    return SummaryWriter(run_dir, purge_step=first_epoch)
 
 
 def finish(run: Run) -> None:
-    best = max(run.history, key=lambda row: row["val_accuracy"])
     seconds = sum(row["seconds"] for row in run.history)
+    result = "best.pt is the last epoch's"
+    if run.val:
+        best = max(run.history, key=lambda row: row["val_accuracy"])
+        accuracy = f"{best['val_accuracy']:.2%}"
+        result = f"best validation accuracy {accuracy} after epoch {best['epoch']}"
     run.say(
-        f"finished {run.epoch} epochs in {readable_duration(seconds)} of training: best "
-        f"validation accuracy {best['val_accuracy']:.2%} after epoch {best['epoch']}\n"
+        f"finished {run.epoch} epochs in {readable_duration(seconds)} of training: {result}\n"
         f"look at the curves in {run.dir / 'curves.png'}\n"
         f"evaluate it with: {evaluate_command(run)}"
     )
@@ -918,9 +1054,10 @@ def train_and_report(run: Run) -> int:
     where = device_name(run.device)
     if run.processes.count > 1:
         where = f"{run.processes.count} processes, the first on {where}"
+    validation_images = len(run.val.labels) if run.val else 0
     run.say(
         f"{run_name(config)}: {len(run.train.labels):,} training and "
-        f"{len(run.val.labels):,} validation images, "
+        f"{validation_images:,} validation images, "
         f"{config['epochs']} epochs, {config['precision']} on {where}\n"
         f"the run's folder is {run.dir}"
     )

@@ -23,16 +23,19 @@ from dataset import (
     crop_maps,
     draw_shapes,
     identity_maps,
+    inside_squares,
     load_cifar10,
     load_dataset,
     plain_batches,
     principal_components,
     random_colours,
     random_maps,
+    random_squares,
     resample,
     stratified_split,
     stratified_subset,
     training_batches,
+    turning_maps,
     view_maps,
 )
 from utils import UserError
@@ -191,6 +194,74 @@ def test_random_maps_stay_in_range_and_mirror_half():
     assert torch.equal(still, identity_maps(5))
 
 
+def test_quarter_turn_is_rot90(shapes):
+    images = shapes.train.images[:4]
+    maps = identity_maps(4).clone()
+    maps[:, :, :2] = turning_maps(torch.full((4,), 90.0), torch.ones(4))
+    expected = resample(images, identity_maps(4), PLAIN).rot90(1, (2, 3))
+    torch.testing.assert_close(resample(images, maps, PLAIN), expected, rtol=0, atol=0.05)
+
+
+def test_zoom_by_two_shows_the_middle_quarter(shapes):
+    images = shapes.train.images[:4]
+    maps = identity_maps(4).clone()
+    maps[:, :, :2] = turning_maps(torch.zeros(4), torch.full((4,), 2.0))
+    small = Preprocessing([0.0] * 3, [1.0] * 3, size=32)
+    whole = F.interpolate(images.float(), 64, mode="bilinear", antialias=False)
+    torch.testing.assert_close(
+        resample(images, maps, small), whole[..., 16:48, 16:48], rtol=0, atol=1e-2
+    )
+
+
+def test_random_turns_and_zooms_stay_in_range():
+    augmentation = Augmentation(flip=False, rotation=15, zoom=1.2)
+    maps = random_maps(4000, augmentation, torch.Generator().manual_seed(0))
+    turned = maps[:, :, :2].double()
+    zoom = turned.det() ** -0.5
+    angle = torch.atan2(turned[:, 1, 0], turned[:, 0, 0]).rad2deg()
+    for values, low, high in ((zoom, 1 / 1.2, 1.2), (angle, -15, 15)):
+        assert low - 1e-5 <= values.min() < 0.99 * low + 0.01 * high
+        assert 0.99 * high + 0.01 * low < values.max() <= high + 1e-5
+    assert zoom.log().mean().abs() < 0.01  # as often larger as smaller
+    plain = random_maps(4000, Augmentation(flip=False), torch.Generator().manual_seed(0))
+    assert torch.equal(maps[:, :, 2], plain[:, :, 2])
+
+
+@pytest.mark.parametrize("side", [1, 12, 15])
+def test_squares_lie_where_they_are_put(side):
+    corners = random_squares(3000, side, 32, torch.Generator().manual_seed(0))
+    centres = corners + side // 2
+    assert (centres.min(), centres.max()) == (0, 31)
+    inside = inside_squares(corners[:40], side, 32)
+    expected = np.zeros((40, 1, 32, 32), dtype=bool)
+    for picture, (row, column) in zip(expected, corners[:40].tolist(), strict=True):
+        rows = slice(max(row, 0), max(row + side, 0))
+        picture[0, rows, max(column, 0) : max(column + side, 0)] = True
+    assert np.array_equal(inside.numpy(), expected)
+
+
+def test_cut_out_pixels_have_the_mean_colour(shapes):
+    images, preprocessing = shapes.train.images[:4], Preprocessing.of(shapes.train.images)
+    hidden = torch.zeros(4, 1, 32, 32, dtype=torch.bool)
+    hidden[:, :, 8:24, 8:24] = True
+    plain = resample(images, identity_maps(4), preprocessing)
+    cut = resample(images, identity_maps(4), preprocessing, hidden=hidden)
+    assert cut[:, :, 64:163, 64:163].abs().max() < 1e-6  # a pixel is 7.1 wide
+    assert plain[:, :, 64:163, 64:163].abs().min(1).values.max() > 0.1
+    assert torch.equal(cut[:, :, :50], plain[:, :, :50])
+
+
+def test_squares_are_an_images_own(shapes):
+    still = Preprocessing([128.0] * 3, [1.0] * 3, size=32)
+    white = Split(torch.full((64, 3, 32, 32), 255, dtype=torch.uint8), torch.arange(64))
+    augmentation = Augmentation(flip=False, shift=0, cutout=12)
+    [(images, _)] = training_batches(white, still, augmentation, 64, 0, 0)
+    black = images[:, 0].abs() < 1e-3
+    assert torch.equal(images[:, 0] == 127, ~black)
+    assert black.sum((1, 2)).max() == 12 * 12
+    assert len({picture.numpy().tobytes() for picture in black}) > 55  # of 64; some meet
+
+
 # --- The paper's crops, views and colour noise (§4.1) -------------------------------------------
 
 
@@ -292,6 +363,12 @@ def test_augmentation_by_name(shapes):
     paper = Augmentation.of("paper", images)
     assert (paper.flip, paper.crop) == (True, True)
     assert torch.equal(paper.colours, principal_components(images))
+    strong = Augmentation.of("strong", images)
+    assert (strong.flip, strong.crop, strong.shift) == (True, False, 4)
+    assert (strong.rotation, strong.zoom, strong.cutout) == (15, 1.2, 12)
+    assert torch.equal(strong.colours, principal_components(images))
+    assert Augmentation.of("affine", images) == Augmentation(rotation=15, zoom=1.2)
+    assert Augmentation.of("cutout", images) == Augmentation(cutout=12)
 
 
 # --- Batches ------------------------------------------------------------------------------------
@@ -339,7 +416,7 @@ def test_colour_noise_is_an_images_own_and_new_in_each_epoch():
     assert np.std(list(tints.values())) == pytest.approx(5, rel=0.15)
 
 
-@pytest.mark.parametrize("name", ["shift", "paper", "none"])
+@pytest.mark.parametrize("name", dataset.AUGMENTATIONS)
 def test_resumed_batches_are_the_rest_of_the_epoch(shapes, name):
     augmentation = Augmentation.of(name, shapes.train.images)
     whole = batches(epoch=5, augmentation=augmentation)

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, run_python, same
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dataset
 import train
@@ -33,7 +35,7 @@ def rows(run_dir):
 
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine():
-    rates = [train.learning_rate(step, 1000, 0.1) for step in range(1000)]
+    rates = [train.learning_rate(step, 1000, 0.1, 0.05) for step in range(1000)]
     assert rates[0] == pytest.approx(0.1 / 50)
     assert rates[49] == pytest.approx(0.1)
     assert rates[525] == pytest.approx(0.05, rel=1e-3)  # half-way down the cosine
@@ -43,8 +45,25 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine():
 
 @pytest.mark.parametrize("total", [1, 2, 5])
 def test_learning_rate_of_a_very_short_run(total):
-    rates = [train.learning_rate(step, total, 0.1) for step in range(total)]
+    rates = [train.learning_rate(step, total, 0.1, 0.05) for step in range(total)]
     assert all(0 < rate <= 0.1 for rate in rates)
+
+
+def test_warm_up_of_three_tenths_is_one_cycle():
+    """PyTorch's own, which starts and ends at 1e-9 of the peak and counts from its first step."""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=1)
+    divisors = {"div_factor": 1e9, "final_div_factor": 1}
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 1000, pct_start=0.3, **divisors)
+    falling = []
+    for _ in range(1000):
+        falling.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(falling) < 1000:
+            schedule.step()
+    rates = [train.learning_rate(step, 1000, 0.1, 0.3) for step in range(1000)]
+    assert rates[299:] == pytest.approx(falling[299:], abs=3e-4)
+    assert rates[:300] == pytest.approx([0.1 * (step + 1) / 300 for step in range(300)])
 
 
 @pytest.mark.parametrize(
@@ -117,12 +136,7 @@ def test_steps_follow_the_papers_equations():
     w, b = (p.detach().numpy().copy() for p in (network.weight, network.bias))
     v, u = np.zeros_like(w), np.zeros_like(b)
     e = 0.1
-    given = {"recipe": "paper", "lr": e, "batch_size": 6, "precision": "fp32"}
-    config = train.new_config(given)
-    run = SimpleNamespace(config=config, device=torch.device("cpu"), processes=Processes())
-    run.compiled, run.history, run.train = network, [], SimpleNamespace(labels=range(60))
-    run.optimizer = train.make_optimizer(network, config)
-    run.epoch, run.steps_per_epoch = 0, 10
+    run = bare_run(network, recipe="paper", lr=e)
     for run.step in range(5):
         scores = np.exp(x.numpy() @ w.T + b)
         g = (scores / scores.sum(axis=1, keepdims=True) - np.eye(3)[y]) / 6
@@ -132,6 +146,105 @@ def test_steps_follow_the_papers_equations():
         train.train_step(run, x, y)
         np.testing.assert_allclose(network.weight.detach().numpy(), w, rtol=1e-12)
         np.testing.assert_allclose(network.bias.detach().numpy(), b, rtol=1e-12)
+
+
+def bare_run(network, **given):
+    """What train_step needs of a run with these settings, its network any module."""
+    config = train.new_config({"batch_size": 6, "precision": "fp32", **given})
+    run = SimpleNamespace(config=config, device=torch.device("cpu"), processes=Processes())
+    run.network = run.compiled = network
+    run.history, run.train, run.mix = [], SimpleNamespace(labels=range(60)), None
+    run.optimizer, run.average = train.make_optimizer(network, config), None
+    run.epoch, run.step, run.steps_per_epoch, run.total_steps = 0, 0, 10, 20
+    return run
+
+
+def test_loss_of_smoothed_and_mixed_labels():
+    """In float64: the label keeps 1 - s, and s is shared by all classes (Szegedy 2016, §7)."""
+    network = torch.nn.Linear(4, 3).double()
+    run = bare_run(network, label_smoothing=0.2)
+    mixed = torch.tensor([[0.7, 0.3, 0], [0, 1, 0], [0.4, 0, 0.6], [0, 0.5, 0.5], [1, 0, 0]])
+    targets = torch.cat([mixed, torch.tensor([[0, 0.25, 0.75]])]).double()
+    run.mix = lambda images, labels: (2 * images, targets)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    scores = network(2 * x).detach()
+    log_probabilities = scores - scores.exp().sum(1, keepdim=True).log()
+    smooth = 0.8 * targets + 0.2 / 3
+    loss, correct = train.train_step(run, x, torch.zeros(6, dtype=torch.int64))
+    assert loss.item() == pytest.approx(-(smooth * log_probabilities).sum().item() / 6)
+    assert correct.item() == (scores.argmax(1) == torch.tensor([0, 1, 2, 1, 0, 2])).sum().item()
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_mixed_images_hold_as_much_of_each_as_their_labels(name):
+    """An image of class c is white in channel c and black in the others."""
+    labels = torch.arange(8) % 3
+    images = F.one_hot(labels, 3)[:, :, None, None].expand(8, 3, 227, 227).float()
+    mixed, targets = train.make_mix(train.new_config({"mix": name}), 3)(images, labels)
+    torch.testing.assert_close(mixed.mean((2, 3)), targets)
+    assert targets.sum(1).tolist() == pytest.approx([1.0] * 8)
+    assert 0 < targets.max(1).values.min() < 1
+
+
+def test_average_of_the_weights():
+    """By hand: it begins with the first step's weights and keeps 0.9 of itself at each other."""
+    network = torch.nn.Linear(4, 3)
+    run = bare_run(network, lr=1.0, ema=0.9)
+    run.average = train.make_average(network, run.config)
+    expected = None
+    for run.step in range(5):
+        train.train_step(run, torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
+        weight = network.weight.detach().clone()
+        expected = weight if expected is None else 0.9 * expected + 0.1 * weight
+    torch.testing.assert_close(run.average.module.weight, expected)
+    assert (expected - network.weight).abs().max() > 1e-3
+
+
+def test_average_is_what_is_validated_and_kept(tiny):
+    """With a decay next to 1 it stays at the first step's weights."""
+    options = ("--epochs", 2, "--ema", 0.999999999, "--output-dir", "run")
+    assert tiny(*options) == 0
+    last = torch.load("run/last.pt")
+    first_epoch, second_epoch = rows("run")
+    assert first_epoch["val_loss"] == second_epoch["val_loss"]
+    assert not torch.equal(last["weights"]["fc8.weight"], last["weights_in_training"]["fc8.weight"])
+    network, preprocessing, content = load_network("run/best.pt")
+    val = dataset.draw_shapes().val
+    logits = predict(network, val.images, preprocessing, content["training"]["precision"])
+    assert loss_and_accuracy(logits, val.labels)[0] == pytest.approx(float(first_epoch["val_loss"]))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [None, {}, {"fc8.weight": 1.0}, {"fc8.weight": torch.ones(2)}],
+    ids=["none", "empty", "number", "shape"],
+)
+def test_resume_with_damaged_weights_in_training(tiny, capsys, damage):
+    assert tiny("--epochs", 1, "--ema", 0.9, "--output-dir", "run") == 0
+    last = torch.load("run/last.pt")
+    if damage:
+        damage = {**last["weights_in_training"], **damage}
+    torch.save({**last, "weights_in_training": damage}, "run/last.pt")
+    assert tiny("--resume", "run", "--epochs", 2) == 2
+    error = capsys.readouterr().err
+    assert "cannot be resumed from" in error
+    assert error.count("\n") == 1
+
+
+def test_full_split_trains_on_the_validation_images(tiny, capsys):
+    options = ("--train-split", "full", "--epochs", 2, "--output-dir", "run")
+    assert tiny(*options) == 0
+    assert "60 training and 0 validation images" in capsys.readouterr().out
+    assert [(row["val_loss"], row["val_accuracy"]) for row in rows("run")] == [("", "")] * 2
+    assert [row["step"] for row in rows("run")] == ["8", "16"]
+    best, last = (torch.load(f"run/{name}.pt") for name in ("best", "last"))
+    assert best["epoch"] == 2
+    assert same(best["weights"], last["weights"])
+    assert tiny("--resume", "run", "--epochs", 3) == 0
+    assert len(rows("run")) == 3
+    done = run_python("evaluate.py", "run/best.pt", "--split", "val", cwd=".")
+    assert done.returncode == 2
+    assert "was trained on the validation images" in done.stderr
 
 
 def test_rate_falls_within_a_run_when_validation_stalls(tiny, monkeypatch):
@@ -183,6 +296,21 @@ def test_run_from_before_the_recipes_is_resumed(tiny):
         assert tiny("--resume", folder, "--epochs", 2) == 0
     assert rows("old") == rows("whole")
     assert len(rows("old")) == 2
+
+
+def test_settings_and_command_line_are_each_others_inverse():
+    for given in ({}, {"nesterov": True, "compile": True, "lr": 0.5}, {"recipe": "paper"}):
+        config = train.new_config(given)
+        options = vars(train.make_parser().parse_args(train.as_command_line(config)))
+        assert train.new_config(options) == config
+
+
+def test_flag_of_a_run_can_be_taken_back(tiny):
+    assert tiny("--epochs", 1, "--output-dir", "run", "--deterministic") == 0
+    torch.use_deterministic_algorithms(False)
+    assert tiny("--resume", "run", "--epochs", 2, "--no-deterministic") == 0
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert json.loads(Path("run/config.json").read_text())["settings"]["deterministic"] is False
 
 
 def test_training_overfits_32_images(tmp_path):
@@ -252,7 +380,12 @@ def test_run_checkpoint_and_evaluation_agree(trained_run):
         assert f"wrote runs/shapes-sgd/best-{name}-val.png" in done.stdout
 
 
-@pytest.mark.parametrize(("kind", "last_step"), [("--optimizer adam", 2), ("--recipe paper", 4)])
+ADDITIONS = "--ema 0.9 --mix cutmix --augmentation strong --nesterov"
+
+
+@pytest.mark.parametrize(
+    ("kind", "last_step"), [("--optimizer adam", 2), ("--recipe paper", 4), (ADDITIONS, 3)]
+)
 def test_interrupted_run_equals_an_uninterrupted_one(tiny, kind, last_step, monkeypatch):
     """Stopped within an epoch, and after the last of its five steps, before its validation."""
     options = (*kind.split(), "--epochs", 2)
@@ -427,6 +560,28 @@ def test_home_that_cannot_be_written_to_and_no_display(tmp_path):
     assert (tmp_path / "run" / "curves.png").exists()
 
 
+def test_tensorboard_shows_each_epoch_once(tiny):
+    """As a run does that was killed after its second epoch's log and before its last.pt."""
+    assert tiny("--epochs", 1, "--output-dir", "run", "--tensorboard") == 0
+    shutil.copytree("run", "killed", ignore=shutil.ignore_patterns("events*"))
+    assert tiny("--resume", "run", "--epochs", 2) == 0
+    for name in ("last.pt", "config.json"):
+        shutil.copy(f"killed/{name}", "run")
+    assert tiny("--resume", "run", "--epochs", 3) == 0
+    events = EventAccumulator("run").Reload()
+    for name in ("train_loss", "val_accuracy", "lr", "images_per_second"):
+        assert [event.step for event in events.Scalars(name)] == [1, 2, 3], name
+    expected = [float(row["val_loss"]) for row in rows("run")]
+    assert [event.value for event in events.Scalars("val_loss")] == pytest.approx(expected)
+
+
+def test_tensorboard_that_is_not_installed(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert tiny("--epochs", 1, "--tensorboard", "--output-dir", "run") == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
 def test_default_folder_is_a_new_one_each_time(tiny):
     for _ in range(2):
         assert tiny("--epochs", 1) == 0
@@ -465,6 +620,15 @@ def test_weights_gone_wrong_are_not_saved(tiny, monkeypatch, capsys):
 BAD_COMMANDS = [
     ("--dataset imagenet", "imagenet"),
     ("--recipe future", "future"),
+    ("--recipe fast", "--recipe fast is for --dataset cifar10"),
+    ("--recipe paper --train-split full", "--schedule plateau watches the validation images"),
+    ("--nesterov --momentum 0", "--nesterov needs a --momentum"),
+    ("--nesterov --optimizer adamw", "--nesterov is for --optimizer sgd"),
+    ("--mix all", "all"),
+    ("--ema 1", "--ema"),
+    ("--label-smoothing 1", "--label-smoothing"),
+    ("--warm-up 2", "--warm-up"),
+    ("--train-split test", "test"),
     ("--recipe paper --optimizer adam", "--recipe paper is for --optimizer sgd"),
     ("--init 2013", "2013"),
     ("--input raw", "raw"),
@@ -604,8 +768,8 @@ def test_resume_from_a_damaged_checkpoint(tiny, capsys):
 def test_readme_has_every_option_with_its_default():
     rows = re.findall(r"^\| `(--[a-z-]+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.M)
     table = {name: re.findall(r"\d[\d.]*(?:e-\d+)?", default) for name, default in rows}
-    options = {text for action in train.make_parser()._actions for text in action.option_strings}
-    assert set(table) == options - {"-h", "--help"}
+    options = {action.option_strings[0] for action in train.make_parser()._actions}
+    assert set(table) == options - {"-h"}
     for recipe, dataset_name, optimizer in train.RECIPES:
         given = {"recipe": recipe, "dataset": dataset_name, "optimizer": optimizer}
         config = train.new_config(given)
