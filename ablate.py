@@ -1,9 +1,10 @@
-"""Puts the paper's ideas to the test: python ablate.py --seeds 3 --epochs 20
+"""Puts ideas to the test, one by one: python ablate.py [--ideas modern --recipe modern]
 
-Trains the base and, for each idea, the same network or training without that idea, with several
-seeds. The same command goes on where it was stopped. The folder then has ablation.csv (a row per
-run), epochs.csv (a row per epoch of each run), ablation.png, relu-and-tanh.png (the paper's Fig. 1)
-and a folder for each run, without its checkpoints, which would be 700 MB each.
+Trains the base and, for each of the paper's ideas, the same network or training without it, with
+several seeds; or, for each idea that came later, the base with it. The same command goes on where
+it was stopped. The folder then has ablation.csv (a row per run), epochs.csv (a row per epoch of
+each run), ablation.png, relu-and-tanh.png (the paper's Fig. 1) and a folder for each run, without
+its checkpoints, which would be 700 MB each.
 """
 
 import argparse
@@ -29,7 +30,10 @@ from utils import (
 
 
 class Switch(NamedTuple):
-    """An idea of the paper: the settings that take it away, its name, and the paper's claim."""
+    """What to change in the base, the name of the idea behind it, and what its source says.
+
+    The settings take away an idea of the paper, or add one that came later.
+    """
 
     settings: dict
     idea: str
@@ -37,7 +41,7 @@ class Switch(NamedTuple):
 
 
 BASE = "base"
-SWITCHES = {
+WITHOUT = {
     "tanh": Switch(
         {"activation": "tanh"},
         "ReLU, not tanh",
@@ -74,6 +78,26 @@ SWITCHES = {
         "§3.2: two, for two GPUs of 3 GB;\nthis comparison was not made",
     ),
 }
+WITH = {
+    "one-cycle": Switch({"warm_up": 0.3}, "one cycle", "Smith 2018, arXiv 1803.09820"),
+    "rate-0.02": Switch({"lr": 0.02}, "learning rate 0.02", ""),
+    "rate-0.04": Switch({"lr": 0.04}, "learning rate 0.04", ""),
+    "nesterov": Switch({"nesterov": True}, "Nesterov momentum", "Sutskever et al. 2013, ICML"),
+    "adamw": Switch({"optimizer": "adamw"}, "AdamW", "Loshchilov and Hutter 2019,\n1711.05101"),
+    "decay-0.001": Switch({"weight_decay": 1e-3}, "weight decay 0.001", ""),
+    "batch-256": Switch({"batch_size": 256, "lr": 0.02}, "batch of 256, rate 0.02", ""),
+    "smoothing": Switch(
+        {"label_smoothing": 0.1}, "label smoothing 0.1", "Szegedy et al. 2016, 1512.00567, §7"
+    ),
+    "mixup": Switch({"mix": "mixup"}, "MixUp", "Zhang et al. 2018, 1710.09412"),
+    "cutmix": Switch({"mix": "cutmix"}, "CutMix", "Yun et al. 2019, 1905.04899"),
+    "affine": Switch({"augmentation": "affine"}, "turn and zoom", ""),
+    "cutout": Switch({"augmentation": "cutout"}, "cutout", "DeVries and Taylor 2017, 1708.04552"),
+    "strong": Switch({"augmentation": "strong"}, "turn, zoom, cutout,\ncolour noise", ""),
+    "ema": Switch({"ema": 0.999}, "moving average\nof the weights, 0.999", ""),
+    "dropout-0.3": Switch({"dropout": 0.3}, "dropout 0.3", ""),
+}
+IDEAS = {"paper": WITHOUT, "modern": WITH}
 RESULTS = (
     "switch",
     "seed",
@@ -88,12 +112,18 @@ RESULTS = (
     "seconds",
 )
 EPOCHS = ("switch", "seed", "epoch", "train_error", "val_accuracy")
+COMMON = ("ideas", "recipe", "dataset", "epochs", "train_images")  # to all runs in a folder
 DIVERGED = "diverged.txt"  # in a run's folder: why it was given up
 
 
 # ---------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------
+
+
+def names(args: argparse.Namespace) -> list[str]:
+    """The base and the switches, in the order of the table."""
+    return [BASE, *(name for name in IDEAS[args.ideas] if name in (args.only or [name]))]
 
 
 def run_settings(args: argparse.Namespace, name: str, seed: int) -> dict:
@@ -107,7 +137,7 @@ def run_settings(args: argparse.Namespace, name: str, seed: int) -> dict:
     }
     if args.train_images:
         settings["train_images"] = args.train_images
-    return settings if name == BASE else {**settings, **SWITCHES[name].settings}
+    return settings if name == BASE else {**settings, **IDEAS[args.ideas][name].settings}
 
 
 def train_run(run_dir: Path, settings: dict, stop: StopRequest) -> None:
@@ -172,7 +202,7 @@ def claim_folder(folder: Path, settings: dict) -> None:
 def collect(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """A row for each run that is over, and one for each of their epochs."""
     results, epochs = [], []
-    for name in (BASE, *SWITCHES):
+    for name in names(args):
         for seed in range(args.seeds):
             run_dir = args.output_dir / f"{name}-{seed}"
             state = outcome(run_dir, args.epochs)
@@ -220,7 +250,7 @@ def report(args: argparse.Namespace) -> None:
             writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    ideas = compare(results)
+    ideas = compare(results, args.ideas)
     if ideas:
         figure = figures.ablation(ideas, setting(args))
         figures.save_figure(figure, args.output_dir / "ablation.png")
@@ -229,25 +259,28 @@ def report(args: argparse.Namespace) -> None:
         for label, name in (("ReLU", BASE), ("tanh", "tanh"))
         if error_curves(epochs, name)
     }
-    if errors:
+    if len(errors) == 2:
         figure = figures.training_errors(errors, setting(args))
         figures.save_figure(figure, args.output_dir / "relu-and-tanh.png")
 
 
-def compare(results: list[dict]) -> list[dict]:
+def compare(results: list[dict], ideas: str) -> list[dict]:
     """For each idea what figures.ablation() draws: with the idea minus without it, by seed."""
+    points = {"paper": -100, "modern": 100}[ideas]
     accuracy = {
         (row["switch"], row["seed"]): row["val_accuracy"]
         for row in results
         if row["outcome"] == "finished"
     }
-    ideas = []
-    for name, switch in SWITCHES.items():
+    compared = []
+    for name, switch in IDEAS[ideas].items():
         seeds = [row["seed"] for row in results if row["switch"] == name]
         pairs = [(accuracy.get((BASE, seed)), accuracy.get((name, seed))) for seed in seeds]
-        differences = [100 * (base - other) for base, other in pairs if None not in (base, other)]
+        differences = [
+            points * (other - base) for base, other in pairs if None not in (base, other)
+        ]
         if seeds:
-            ideas.append(
+            compared.append(
                 {
                     "idea": switch.idea,
                     "claim": switch.claim,
@@ -255,7 +288,7 @@ def compare(results: list[dict]) -> list[dict]:
                     "diverged": len(seeds) - len(differences),
                 }
             )
-    return ideas
+    return compared
 
 
 def error_curves(epochs: list[dict], name: str) -> list[list[float]]:
@@ -285,16 +318,23 @@ def setting(args: argparse.Namespace) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = OneLineParser(description="Train the base and each of its switches; compare them.")
+    parser = OneLineParser(description="Train a base with and without ideas; compare.")
     add = parser.add_argument
     add("--seeds", type=positive_int, default=3, metavar="N", help="runs of each; default: 3")
     add("--epochs", type=positive_int, default=20, help="of each run; default: 20")
     add("--train-images", type=positive_int, metavar="N", help="use so many; default: all")
-    add("--recipe", choices=("modern", "paper"), default="paper", help="default: paper")
+    add("--ideas", choices=IDEAS, default="paper", help="the paper's or later ones; default: paper")
+    add("--only", nargs="+", metavar="IDEA", help="of these; default: all of them")
+    add("--recipe", choices=train.RECIPE_NAMES, default="paper", help="default: paper")
     add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
     add("--data-dir", default=DEFAULT_DATA_DIR, help=f"default: {DEFAULT_DATA_DIR}")
     add("--output-dir", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
-    return parser.parse_args()
+    args = parser.parse_args()
+    unknown = set(args.only or []) - IDEAS[args.ideas].keys()
+    if unknown:
+        known = ", ".join(IDEAS[args.ideas])
+        raise UserError(f"--only {unknown.pop()} is none of the ideas: {known}")
+    return args
 
 
 def main() -> int:
@@ -302,11 +342,11 @@ def main() -> int:
     if Processes().count > 1:
         raise UserError("ablate.py trains with one process; start it with python, not torchrun")
     keep_freed_memory()
-    common = {name: getattr(args, name) for name in ("recipe", "dataset", "epochs", "train_images")}
+    common = {name: getattr(args, name) for name in COMMON}
     claim_folder(args.output_dir, common)
     stop = StopRequest()
     # Seed by seed, so that a comparison of everything comes early.
-    runs = [(name, seed) for seed in range(args.seeds) for name in (BASE, *SWITCHES)]
+    runs = [(name, seed) for seed in range(args.seeds) for name in names(args)]
     for number, (name, seed) in enumerate(runs, 1):
         print(f"run {number} of {len(runs)}: {name}, seed {seed}", flush=True)
         train_run(args.output_dir / f"{name}-{seed}", run_settings(args, name, seed), stop)
@@ -314,9 +354,7 @@ def main() -> int:
             print("stopped; the same command goes on from here")
             return 128 + stop.signal
         report(args)
-    print(
-        f"wrote ablation.csv, epochs.csv, ablation.png and relu-and-tanh.png in {args.output_dir}"
-    )
+    print(f"the tables and pictures are in {args.output_dir}")
     return 0
 
 

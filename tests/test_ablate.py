@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import signal
 import sys
@@ -14,14 +15,14 @@ from utils import run_script
 
 @pytest.fixture
 def ablation(handlers_restored, monkeypatch, tmp_path):
-    """Runs ablate.py in this process on 10 images, with one switch; returns the exit code."""
+    """Runs ablate.py in this process on 10 images, with tanh alone unless told; returns the code."""
     monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", {"train": 2, "val": 1, "test": 1})
-    switches = {"tanh": ablate.SWITCHES["tanh"]}
-    monkeypatch.setattr(ablate, "SWITCHES", switches)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
         command = ["ablate.py", "--dataset", "shapes", "--output-dir", "out", "--train-images", 10]
+        if "--ideas" not in arguments:
+            command += ["--only", "tanh"]
         monkeypatch.setattr(sys, "argv", [*map(str, command), *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             run_script(ablate.main)
@@ -92,34 +93,52 @@ def test_diverged_run_is_a_result(ablation, monkeypatch):
     assert "the loss became nan" in Path("out/tanh-0/diverged.txt").read_text()
 
 
-def test_differences_are_paired_by_seed():
-    """By hand; positive where the paper's idea helps, and only where both runs finished."""
+def test_later_ideas_are_added_to_the_base(ablation):
+    options = ("--ideas", "modern", "--recipe", "modern", "--seeds", 1, "--epochs", 1)
+    assert ablation(*options, "--only", "smoothing", "nesterov") == 0
+    assert [row["switch"] for row in rows("out/ablation.csv")] == ["base", "nesterov", "smoothing"]
+    settings = [
+        json.loads(Path(f"out/{name}-0/config.json").read_text())["settings"]
+        for name in ("base", "nesterov", "smoothing")
+    ]
+    assert [setting["nesterov"] for setting in settings] == [False, True, False]
+    assert [setting["label_smoothing"] for setting in settings] == [0, 0, 0.1]
+    assert Path("out/ablation.png").exists()
+    assert not Path("out/relu-and-tanh.png").exists()
+
+
+@pytest.mark.parametrize(("ideas", "name", "sign"), [("paper", "tanh", 1), ("modern", "ema", -1)])
+def test_differences_are_paired_by_seed(ideas, name, sign):
+    """By hand; positive where the idea helps, and only where both runs finished."""
     accuracies = {
         ("base", 0): 0.5,
         ("base", 1): 0.6,
         ("base", 2): 0.7,
-        ("tanh", 0): 0.4,
-        ("tanh", 1): 0.65,
+        (name, 0): 0.4,
+        (name, 1): 0.65,
     }
     results = [
-        {"switch": name, "seed": seed, "outcome": "finished", "val_accuracy": accuracy}
-        for (name, seed), accuracy in accuracies.items()
+        {"switch": switch, "seed": seed, "outcome": "finished", "val_accuracy": accuracy}
+        for (switch, seed), accuracy in accuracies.items()
     ]
-    results.append({"switch": "tanh", "seed": 2, "outcome": "diverged"})
-    [idea] = ablate.compare(results)
-    assert idea["idea"] == "ReLU, not tanh"
-    assert idea["differences"] == pytest.approx([10, -5])
+    results.append({"switch": name, "seed": 2, "outcome": "diverged"})
+    [idea] = ablate.compare(results, ideas)
+    assert idea["idea"] == ablate.IDEAS[ideas][name].idea
+    assert idea["differences"] == pytest.approx([sign * 10, sign * -5])
     assert idea["diverged"] == 1
 
 
-@pytest.mark.parametrize("name", ablate.SWITCHES)
-@pytest.mark.parametrize("recipe", ["modern", "paper"])
-def test_each_switch_changes_a_setting_of_the_base(name, recipe):
+@pytest.mark.parametrize(
+    ("recipe", "switch"),
+    [(recipe, switch) for recipe in ("modern", "paper") for switch in ablate.WITHOUT.values()]
+    + [("modern", switch) for switch in ablate.WITH.values()],
+    ids=lambda each: each if isinstance(each, str) else each.idea,
+)
+def test_each_switch_changes_a_setting_of_the_base(recipe, switch):
     base = train.new_config({"recipe": recipe})
-    settings = ablate.SWITCHES[name].settings
-    [(option, value)] = settings.items()
-    assert base[option] != value
-    train.make_parser().parse_args(train.as_command_line(settings))  # an option of train.py
+    assert all(base[option] != value for option, value in switch.settings.items())
+    options = train.make_parser().parse_args(train.as_command_line(switch.settings))
+    train.new_config(vars(options))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +146,8 @@ def test_each_switch_changes_a_setting_of_the_base(name, recipe):
     [
         ("--seeds 0", "--seeds"),
         ("--recipe both", "--recipe"),
+        ("--ideas all", "--ideas"),
+        ("--only magic", "--only magic is none of the ideas: tanh, no-norm"),
         ("--train-images 25", "--train-images 25"),
         ("--output-dir taken", "taken is not empty"),
     ],
