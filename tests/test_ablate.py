@@ -15,7 +15,7 @@ from utils import run_script
 
 @pytest.fixture
 def ablation(handlers_restored, monkeypatch, tmp_path):
-    """Runs ablate.py in this process on 10 images, with tanh alone unless told; returns the code."""
+    """Runs ablate.py in this process on 10 images, tanh alone unless told; returns the code."""
     monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", {"train": 2, "val": 1, "test": 1})
     monkeypatch.chdir(tmp_path)
 
