@@ -141,6 +141,7 @@ class TextbookDataset(torch.utils.data.Dataset):
 
 
 def textbook_step(device: torch.device) -> Callable[[Tensor, Tensor], None]:
+    """A training step of the textbook script, as a function of images and labels."""
     network = textbook_network().to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.001, momentum=0.9)
     criterion = nn.CrossEntropyLoss()
@@ -219,6 +220,7 @@ def our_call(case: Case, device: torch.device) -> Callable[[], None]:
 
 
 def our_inference(case: Case, device: torch.device) -> Callable[[], Tensor]:
+    """Inference on a batch as this project does it."""
     network = AlexNet().to(device, memory_format=torch.channels_last).eval()
     if case.side == "compiled":
         network = compiled(network, device)
@@ -251,12 +253,14 @@ def our_run(case: Case, device: torch.device) -> Run:
 
 
 def random_split(n: int) -> Split:
+    """n images of noise, the same ones at every call."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return Split(images, torch.arange(n) % 10)
 
 
 def random_batch(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Normal noise [B, 3, 227, 227] and labels [B]."""
     images = torch.randn(case.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     return images, torch.arange(case.batch_size, device=device) % 10
 
@@ -316,6 +320,7 @@ def repeats_of(call: Callable, device: torch.device) -> int:
 
 
 def synchronise(device: torch.device) -> None:
+    """Waits until a GPU has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -574,6 +579,7 @@ def measure_operations(precision: str, batch_size: int, device: torch.device) ->
 
 
 def print_operations(rows: list[dict], batch_size: int) -> None:
+    """The profiler's operations, the slowest first."""
     total = sum(row["milliseconds"] for row in rows)
     print(f"\nby operation: {total:,.4g} ms, training step at batch {batch_size} in the profiler")
     for row in rows[:OPERATIONS_SHOWN]:
@@ -585,6 +591,7 @@ def print_operations(rows: list[dict], batch_size: int) -> None:
 
 
 def print_growth(rows: list[dict]) -> None:
+    """Speed and memory of a training step by batch size and number of processes."""
     print("\ntraining step by batch size")
     for row in rows:
         memory = f", {row['peak_memory_mib']:,} MiB" if row["peak_memory_mib"] else ""
@@ -596,6 +603,7 @@ def print_growth(rows: list[dict]) -> None:
 
 
 def print_table(rows: list[dict]) -> None:
+    """Both sides of every part, with spread."""
     print(
         f"{'':<46}{'batch':>6}  {'images/s':<24}{'times the textbook':<22}"
         f"{'memory':>10}  {'of the peak':<16}"
@@ -616,6 +624,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def side_name(row: dict) -> str:
+    """For the tables: the textbook, or this project with its precision."""
     return row["side"] if row["side"] == "textbook" else f"{row['side']}, {row['precision']}"
 
 

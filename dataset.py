@@ -42,12 +42,15 @@ class Split(NamedTuple):
     labels: Tensor
 
     def to(self, device: torch.device) -> "Split":
+        """The split on that device."""
         return Split(self.images.to(device), self.labels.to(device))
 
     def select(self, index: Tensor) -> "Split":
+        """The images at these places, int64 [n], or where a mask, bool [N], is true."""
         return Split(self.images[index], self.labels[index])
 
     def joined_with(self, other: "Split") -> "Split":
+        """All images of this split, then all of the other."""
         return Split(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
 
 

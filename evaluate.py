@@ -379,11 +379,13 @@ def print_views(one: dict, ten: dict) -> None:
 
 
 def interval_text(summary: dict) -> str:
+    """The 95 % interval of what summarise() returned, for people."""
     low, high = summary["interval_95"]
     return f"{low:.2%} to {high:.2%}"
 
 
 def print_summary(summary: dict) -> None:
+    """Accuracy, loss and calibration error of what summarise() returned."""
     print(
         f"top-1 accuracy  {summary['accuracy']:.2%} (95 % interval {interval_text(summary)})\n"
         f"cross-entropy   {summary['loss']:.4f}\n"
@@ -392,6 +394,7 @@ def print_summary(summary: dict) -> None:
 
 
 def print_classes(summary: dict) -> None:
+    """Accuracy by class and the most confused pairs of what summarise() returned."""
     print(f"\n{'class':<14}{'images':>7}{'accuracy':>10}   95 % interval")
     for row in summary["per_class"]:
         low, high = row["interval_95"]

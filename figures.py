@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from utils import OneLineParser, UserError, atomic_write, output_file, run_script
@@ -262,6 +263,10 @@ def likeliest(pictures: list, captions: list[str], results: list[list[dict]]) ->
             bar_axes.text(0.01, height, label, va="center", fontsize=9)
         bar_axes.set_xlim(0, 1)
         bar_axes.set_ylim(4.5, -0.5)
+    if any("right" in item for result in results for item in result):
+        meaning = [Patch(color=ORANGE, alpha=0.45, label="the true class")]
+        meaning.append(Patch(color=BLUE, alpha=0.45, label="another class"))
+        figure.legend(handles=meaning, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -397,23 +402,26 @@ def feature_maps(picture, maps: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def compared_curves(histories: dict[str, list[dict]]) -> Figure:
-    """Validation loss and accuracy by epoch of several runs.
+def compared_curves(histories: dict[str, list[dict]], against: str = "epoch") -> Figure:
+    """Validation loss and accuracy of several runs, by epoch or by the time that training took.
 
     Args:
-        histories: for each run its name and the rows of its metrics.csv, at most four.
+        histories: for each run its name and a row per epoch with epoch, val_loss, val_accuracy
+            (0..1) and minutes (from the start of training, without validation); at most four.
+        against: "epoch" or "minutes".
     """
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for (name, history), (colour, marker) in zip(histories.items(), SERIES, strict=False):
-        epochs = [row["epoch"] for row in history]
+        places = [row[against] for row in history]
         style = {"color": colour, "marker": marker, "markersize": 4}
-        loss_axes.plot(epochs, [row["val_loss"] for row in history], label=name, **style)
+        loss_axes.plot(places, [row["val_loss"] for row in history], label=name, **style)
         accuracy = [100 * row["val_accuracy"] for row in history]
-        accuracy_axes.plot(epochs, accuracy, label=f"{name}: best {max(accuracy):.1f} %", **style)
+        accuracy_axes.plot(places, accuracy, label=f"{name}: best {max(accuracy):.1f} %", **style)
     for axes, label in ((loss_axes, "cross-entropy"), (accuracy_axes, "top-1 accuracy (%)")):
-        axes.set_xlabel("epoch")
+        axes.set_xlabel({"epoch": "epoch", "minutes": "minutes of training"}[against])
         axes.set_ylabel(f"validation {label}")
+        axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     loss_axes.set_ylim(bottom=0)
@@ -428,22 +436,32 @@ def compared_curves(histories: dict[str, list[dict]]) -> Figure:
 
 
 def read_history(run_dir: Path) -> list[dict]:
-    """The rows of a run's metrics.csv as numbers. Raises UserError if it has none."""
-    path = run_dir / "metrics.csv"
+    """What compared_curves() takes of a run. Raises UserError if it has no validated epochs."""
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        history = [{name: float(value) for name, value in row.items()} for row in rows]
-        if history and {"epoch", "val_loss", "val_accuracy"} <= history[0].keys():
+        history, seconds = [], 0.0
+        for row, time in zip(
+            read_table(run_dir / "metrics.csv"), read_table(run_dir / "timing.csv"), strict=True
+        ):
+            seconds += float(time["seconds"])
+            numbers = {name: float(row[name]) for name in ("epoch", "val_loss", "val_accuracy")}
+            history.append({**numbers, "minutes": seconds / 60})
+        if history:
             return history
-    except (OSError, UnicodeDecodeError, ValueError, TypeError):
+    except (OSError, UnicodeDecodeError, LookupError, ValueError, TypeError):
         pass
-    raise UserError(f"{path} has no validated epochs; name the folders of runs of train.py")
+    raise UserError(f"{run_dir} has no validated epochs; name the folders of runs of train.py")
+
+
+def read_table(path: Path) -> list[dict]:
+    """The rows of a CSV file as text."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description="Draw the learning curves of several runs in one picture.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="at most four")
+    parser.add_argument("--against", choices=("epoch", "minutes"), default="epoch")
     parser.add_argument("--output", type=output_file, default="curves.png", metavar="FILE")
     return parser.parse_args()
 
@@ -452,7 +470,8 @@ def main() -> None:
     args = parse_arguments()
     if len(args.runs) > len(SERIES):
         raise UserError(f"{len(args.runs)} runs are too many for one picture; name at most four")
-    save_figure(compared_curves({run.name: read_history(run) for run in args.runs}), args.output)
+    histories = {run.name: read_history(run) for run in args.runs}
+    save_figure(compared_curves(histories, args.against), args.output)
     print(f"wrote {args.output}")
 
 

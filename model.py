@@ -58,6 +58,7 @@ class LocalResponseNorm(nn.Module):
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
 
     def forward(self, a: Tensor) -> Tensor:
+        """Normalises activations [N, C, ...] over C; the output has their shape and type."""
         if not a.is_floating_point():
             raise TypeError(f"LocalResponseNorm expects floating point numbers, got {a.dtype}")
         if a.dim() < 2:
@@ -281,6 +282,10 @@ class AlexNet(nn.Module):
             nn.init.normal_(self.fc8.weight, std=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits, float [N, num_classes], of images, float [N, 3, 227, 227].
+
+        Raises ValueError for images of another shape.
+        """
         return self.fc8(self.drop7(self.features(x)))
 
     def features(self, x: Tensor) -> Tensor:
@@ -288,7 +293,7 @@ class AlexNet(nn.Module):
 
         Images are alike to the network if these are near each other (paper §6.1, Fig. 4 right).
 
-        Shape: float [N, 3, 227, 227] to [N, 4096].
+        Shape: float [N, 3, 227, 227] to [N, 4096]. Raises ValueError for images of another shape.
         """
         if x.dim() != 4 or x.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(

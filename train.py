@@ -262,6 +262,7 @@ def make_network(config: dict, num_classes: int) -> AlexNet:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The command line; what is not given is not in the result."""
     parser = OneLineParser(description="Train AlexNet.", argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     flag = argparse.BooleanOptionalAction  # --no-x takes back what the recipe or the run has
@@ -429,6 +430,7 @@ def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
 
 
 def as_option(name: str) -> str:
+    """The option that sets a setting: bias_lr_factor is --bias-lr-factor."""
     return "--" + name.replace("_", "-")
 
 
@@ -507,6 +509,7 @@ class Run:
         return self.average.module if self.average else self.network
 
     def say(self, text: str) -> None:
+        """Prints a line, once for all processes."""
         if self.is_first:
             say(text)
 
@@ -565,6 +568,7 @@ class Run:
         self.last_save = time.monotonic()
 
     def is_save_due(self) -> bool:
+        """Whether the last save is longer ago than --save-every."""
         return time.monotonic() - self.last_save > 60 * self.config["save_every"]
 
     def check_losses(self) -> None:
@@ -913,6 +917,7 @@ class Progress:
             self.show_metrics(loss, accuracy)
 
     def show_metrics(self, loss: float, accuracy: float) -> None:
+        """Shows mean loss and accuracy of the epoch so far, in the bar or as a line."""
         if self.bar.disable:
             self.run.say(
                 f"epoch {self.run.epoch + 1}/{self.run.config['epochs']}, "
@@ -924,6 +929,7 @@ class Progress:
         self.last_shown = time.monotonic()
 
     def tell_time(self) -> None:
+        """Says how long the run will take, from the time of its first steps."""
         run = self.run
         run.told_time = True
         timed_steps = self.TIMED_STEPS - self.WARM_UP_STEPS
@@ -942,6 +948,7 @@ class Progress:
 
 
 def readable_duration(seconds: float) -> str:
+    """For people: seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     if seconds < 5400:
@@ -950,6 +957,7 @@ def readable_duration(seconds: float) -> str:
 
 
 def evaluate_command(run: Run) -> str:
+    """The command that evaluates the run's best network."""
     arguments = ["evaluate.py", str(run.dir / "best.pt")]
     if run.config["dataset"] == "cifar10" and run.config["data_dir"] != DEFAULT_DATA_DIR:
         arguments += ["--data-dir", str(run.config["data_dir"])]
@@ -1030,6 +1038,7 @@ def tensorboard_writer(run_dir: Path, first_epoch: int):
 
 
 def finish(run: Run) -> None:
+    """Says how the run ended and what to do next."""
     seconds = sum(row["seconds"] for row in run.history)
     result = "best.pt is the last epoch's"
     if run.val:

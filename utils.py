@@ -366,6 +366,7 @@ class FolderLock:
             self.release()
 
     def release(self) -> None:
+        """Lets others have the folder; may be called again."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None

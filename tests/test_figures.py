@@ -122,6 +122,12 @@ def test_likeliest_marks_the_right_class():
     assert [bar.get_width() for bar in bars.patches] == [0.75, 0.25]
     assert bars.patches[0].get_facecolor() != bars.patches[1].get_facecolor()
     assert [text.get_text() for text in bars.texts] == ["cat 75%", "dog 25%"]
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["the true class", "another class"]
+    [wrong, right] = [bar.get_facecolor() for bar in bars.patches]
+    assert [patch.get_facecolor() for patch in legend.get_patches()] == [right, wrong]
+    unknown = figures.likeliest(pictures, list("abcde"), [[{"class": "cat", "probability": 1}]] * 5)
+    assert not unknown.legends
 
 
 def test_neighbours_are_beside_their_query():
@@ -165,6 +171,9 @@ def write_run(folder, *rows):
     folder.mkdir()
     lines = ["epoch,step,lr,train_loss,train_accuracy,val_loss,val_accuracy", *rows]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    times = [f"{number},90.0,500.0," for number in range(1, len(rows) + 1)]
+    header = "epoch,seconds,images_per_second,peak_memory_mib"
+    (folder / "timing.csv").write_text("\n".join([header, *times]) + "\n")
 
 
 def test_curves_of_several_runs_are_laid_over_each_other(tmp_path, monkeypatch, capsys):
@@ -174,6 +183,10 @@ def test_curves_of_several_runs_are_laid_over_each_other(tmp_path, monkeypatch, 
     loss, accuracy = figures.compared_curves(histories).axes
     assert [list(line.get_ydata()) for line in loss.lines] == [[1.5, 1.0], [0.5]]
     assert [line.get_label() for line in accuracy.lines] == ["a: best 50.0 %", "b: best 75.0 %"]
+    assert [list(line.get_xdata()) for line in accuracy.lines] == [[1, 2], [1]]
+    _, accuracy = figures.compared_curves(histories, "minutes").axes
+    assert [list(line.get_xdata()) for line in accuracy.lines] == [[1.5, 3], [1.5]]
+    assert accuracy.get_xlabel() == "minutes of training"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["figures.py", "a", "b"])
     figures.main()

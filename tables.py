@@ -1,0 +1,267 @@
+"""Writes the tables of README.md and docs/ from the files in results/: python tables.py [--check]
+
+A table stands between the lines <!-- table NAME --> and <!-- end -->, NAME being one of TABLES.
+"""
+
+import csv
+import json
+import re
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from utils import OneLineParser, UserError, atomic_write, run_script
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
+MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.S)
+WHERE = ("data_dir", "device", "save_every", "seed", "tensorboard")  # no part of an experiment
+
+
+def read_csv(path: Path) -> list[dict]:
+    """The rows of a CSV file, none if it is not there."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown, a line for each row."""
+    lines = [list(header), ["---"] * len(list(header)), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------
+# Accuracy
+# ---------------------------------------------------------------------------------------------
+
+
+def read_run(folder: Path) -> dict:
+    """A run's settings, first command, epochs, minutes of training, and test.json if it has one."""
+    record = json.loads((folder / "config.json").read_text())
+    # The first version of train.py noted one start only.
+    start = record["starts"][0] if "starts" in record else record["environment"]
+    test = folder / "test.json"
+    return {
+        "folder": folder.name,
+        "settings": record["settings"],
+        "command": start["command"],
+        "device": start["device"],
+        "epochs": read_csv(folder / "metrics.csv"),
+        "minutes": sum(float(row["seconds"]) for row in read_csv(folder / "timing.csv")) / 60,
+        "test": json.loads(test.read_text()) if test.exists() else None,
+        "note": (folder / "note.txt").read_text().strip() if (folder / "note.txt").exists() else "",
+    }
+
+
+def read_runs(folder: Path) -> list[dict]:
+    """The runs whose folders are in this one, by name."""
+    return [read_run(path.parent) for path in sorted(folder.glob("*/config.json"))]
+
+
+def by_experiment(runs: list[dict]) -> list[list[dict]]:
+    """Runs that differ by their seed alone are together."""
+    groups = {}
+    for run in runs:
+        key = {name: value for name, value in run["settings"].items() if name not in WHERE}
+        groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
+    return list(groups.values())
+
+
+def without_seed(command: str) -> str:
+    """The command that all seeds of an experiment have in common."""
+    return re.sub(r" --(seed|output-dir)[ =]\S+", "", command)
+
+
+def percent(shares: list[float], interval: list[float] | None = None) -> str:
+    """Mean ± standard deviation of shares in 0..1; of a single one its 95 % interval, if given."""
+    text = f"{100 * statistics.mean(shares):.1f}%"
+    if len(shares) > 1:
+        return f"{text} ± {100 * statistics.stdev(shares):.1f}"
+    return f"{text} ({interval[0]:.1%} to {interval[1]:.1%})" if interval else text
+
+
+def best_validation(run: dict) -> float:
+    """The highest validation accuracy (0..1) of any epoch."""
+    return max(float(row["val_accuracy"]) for row in run["epochs"])
+
+
+def results_table() -> str:
+    """A row for each experiment on CIFAR-10 that was evaluated on the test split."""
+    runs = [run for run in read_runs(RESULTS) if run["settings"]["dataset"] == "cifar10"]
+    groups = by_experiment([run for run in runs if run["test"]])
+    groups.sort(key=lambda group: -statistics.mean(run["test"]["accuracy"] for run in group))
+    rows = []
+    for group in groups:
+        tests = [run["test"] for run in group]
+        ten = [test["ten_views"] for test in tests if "ten_views" in test]
+        errors = [test["calibration_error"] for test in tests if "calibration_error" in test]
+        rows.append(
+            [
+                f"[`{without_seed(group[0]['command'])}`](results/{group[0]['folder']})",
+                str(len(group)),
+                percent([best_validation(run) for run in group]),
+                percent([test["accuracy"] for test in tests], tests[0]["interval_95"]),
+                percent([test["accuracy"] for test in ten]) if ten else "",
+                percent(errors) if errors else "",
+                f"{statistics.mean(test['loss'] for test in tests):.3f}",
+                f"{statistics.mean(run['minutes'] for run in group):.0f} min",
+                group[0]["device"].removesuffix(", 2 threads"),
+            ]
+        )
+    header = "command, seeds, validation, test, ten views, calibration error, loss, training, on"
+    return markdown(header.split(", "), rows)
+
+
+def time_table() -> str:
+    """Minutes of training after which an epoch's validation accuracy first was so high."""
+    marks = (0.6, 0.7, 0.8, 0.9, 0.93, 0.94, 0.95)
+    runs = [run for run in read_runs(RESULTS) if run["settings"]["dataset"] == "cifar10"]
+    runs = [run for run in runs if run["test"]]
+    reached = [mark for mark in marks if any(best_validation(run) >= mark for run in runs)]
+    rows = []
+    for run in sorted(runs, key=lambda run: -best_validation(run)):
+        minutes = [minutes_until(run, mark) for mark in reached]
+        times = ["" if each is None else f"{each:.0f} min" for each in minutes]
+        rows.append([f"`{run['command']}`", *times])
+    return markdown(["", *(f"{mark:.0%}" for mark in reached)], rows)
+
+
+def minutes_until(run: dict, mark: float) -> float | None:
+    """Minutes of training until the first epoch with a validation accuracy of mark (0..1)."""
+    seconds = 0.0
+    for row, time in zip(
+        run["epochs"], read_csv(RESULTS / run["folder"] / "timing.csv"), strict=True
+    ):
+        seconds += float(time["seconds"])
+        if float(row["val_accuracy"]) >= mark:
+            return seconds / 60
+    return None
+
+
+def tried_table() -> str:
+    """A row for each short run of the search for a recipe, failures included."""
+    rows = []
+    for run in read_runs(RESULTS / "search"):
+        accuracy = f"{float(run['epochs'][-1]['val_accuracy']):.1%}" if run["epochs"] else ""
+        loss = f"{float(run['epochs'][-1]['val_loss']):.3f}" if run["epochs"] else ""
+        rows.append([f"`{without_seed(run['command'])}`", accuracy, loss, run["note"]])
+    return markdown(["command", "validation accuracy", "loss", ""], rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# Speed
+# ---------------------------------------------------------------------------------------------
+
+
+def speed_rows(batch_size: int, compiled: bool) -> Iterable[tuple[str, dict, dict]]:
+    """For each part of the benchmark its name, the textbook's numbers and this project's."""
+    rows = json.loads((RESULTS / "speed" / "cpu.json").read_text())["rows"]
+    rows = [row for row in rows if row["batch_size"] == batch_size]
+    textbook = {row["part"]: row for row in rows if row["side"] == "textbook"}
+    sides = ("here", "compiled") if compiled else ("here",)
+    for part in ("loop", "step", "inference", "lrn", "pipeline"):
+        for row in rows:
+            if row["part"] == part and row["side"] in sides:
+                name = row["name"] if part == "pipeline" else f"{row['name']}, {row['precision']}"
+                name += ", compiled" if row["side"] == "compiled" else ""
+                yield name, textbook[part], row
+
+
+def speed_table() -> str:
+    """Batch 128, in short."""
+    rows = [
+        [name, *rates(textbook, here)] for name, textbook, here in speed_rows(128, compiled=False)
+    ]
+    header = [
+        "",
+        "textbook (images/s)",
+        "here (images/s)",
+        "times as fast (slowest to fastest turn)",
+    ]
+    return markdown(header, rows)
+
+
+def long_speed_table(batch_size: int) -> str:
+    """With the compiled network, memory and the share of the machine's peak."""
+    rows = []
+    for name, textbook, here in speed_rows(batch_size, compiled=True):
+        memory = f"{textbook['peak_memory_mib']:,} / {here['peak_memory_mib']:,} MiB"
+        share = here.get("share_of_peak")
+        peak = f"{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})" if share else ""
+        rows.append([name, *rates(textbook, here), memory, peak])
+    header = (
+        "|textbook (images/s)|here (images/s)|times as fast|memory, textbook / here|of the peak"
+    )
+    return markdown(header.split("|"), rows)
+
+
+def rates(textbook: dict, here: dict) -> list[str]:
+    """Images per second of both, and how many times as fast this project is."""
+    median, slowest, fastest = here["times_the_textbook"]
+    return [
+        f"{textbook['images_per_second'][0]:,.0f}",
+        f"{here['images_per_second'][0]:,.0f}",
+        f"{median:.1f} ({slowest:.1f} to {fastest:.1f})",
+    ]
+
+
+def operations_table() -> str:
+    """The operations of a training step that take longest."""
+    operations = json.loads((RESULTS / "speed" / "cpu.json").read_text())["operations"]
+    total = sum(row["milliseconds"] for row in operations)
+    rows = [
+        [
+            f"`{row['operation'].removeprefix('aten::')}`",
+            f"{row['milliseconds']:.0f}",
+            f"{row['milliseconds'] / total:.1%}",
+        ]
+        for row in operations[:15]
+    ]
+    return markdown(["operation", "ms", "of the step"], rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------
+
+TABLES = {
+    "results": results_table,
+    "time": time_table,
+    "tried": tried_table,
+    "speed": speed_table,
+    "speed-128": lambda: long_speed_table(128),
+    "speed-32": lambda: long_speed_table(32),
+    "operations": operations_table,
+}
+
+
+def fill(text: str) -> str:
+    """The text with each of its marked tables made anew. Raises UserError for an unknown one."""
+
+    def table(match: re.Match) -> str:
+        start, name, end = match.groups()
+        if name not in TABLES:
+            raise UserError(f"no table is called {name}; there are {', '.join(TABLES)}")
+        return f"{start}\n{TABLES[name]()}\n{end}"
+
+    return MARKED.sub(table, text)
+
+
+def main() -> int:
+    parser = OneLineParser(description="Write the tables of README.md and docs/ from results/.")
+    parser.add_argument("--check", action="store_true", help="only say which are out of date")
+    args = parser.parse_args()
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    stale = [page for page in pages if fill(page.read_text()) != page.read_text()]
+    for page in stale:
+        if not args.check:
+            with atomic_write(page) as temporary:
+                temporary.write_text(fill(page.read_text()))
+        print(f"{'out of date' if args.check else 'wrote'}: {page.relative_to(ROOT)}")
+    return 1 if stale and args.check else 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,53 @@
+import re
+
+import nbformat
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+
+FOLDER = ROOT / "notebooks"
+
+
+def kinds(cell):
+    """What a code cell put out: pictures, texts."""
+    outputs = cell.get("outputs", [])
+    return {"picture" if "image/png" in output.get("data", {}) else "text" for output in outputs}
+
+
+def text(notebook):
+    return "".join(
+        output["text"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream"
+    )
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return nbformat.read(FOLDER / "alexnet.ipynb", as_version=4)
+
+
+def test_notebook_is_committed_as_it_ran(committed):
+    nbformat.validate(committed)
+    code = [cell for cell in committed.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert sum("picture" in kinds(cell) for cell in code) == 3
+    assert not re.search(r"/(home|root|work|tmp)/", str(committed))
+
+
+def test_notebook_runs_from_top_to_bottom(committed):
+    again = nbformat.from_dict(committed)
+    for cell in again.cells:
+        cell.pop("execution_count", None)
+        cell.pop("outputs", None)
+        if cell.cell_type == "code":
+            cell.update(execution_count=None, outputs=[])
+    NotebookClient(again, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    for cell, before in zip(again.cells, committed.cells, strict=True):
+        assert kinds(cell) == kinds(before), cell.source
+    accuracies = re.findall(r"validation accuracy (\d+\.\d)%", text(again))
+    assert len(accuracies) == 4
+    assert float(accuracies[-1]) > 90
+    [table] = re.findall(r"^layer .*?^total .*?$", text(committed), re.M | re.S)
+    assert table in text(again)

@@ -1,0 +1,111 @@
+import json
+import shutil
+import statistics
+import sys
+
+import pytest
+from conftest import ROOT
+
+import tables
+from utils import run_script
+
+
+@pytest.fixture
+def script(handlers_restored, monkeypatch, tmp_path):
+    """Runs tables.py on a copy of the pages and of results/; returns the exit code."""
+    shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.png"))
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tables.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            run_script(tables.main)
+        return stopped.value.code
+
+    return run
+
+
+def write_run(folder, seed, test_accuracy, accuracies=(0.5, 0.75)):
+    folder.mkdir(parents=True)
+    settings = {"dataset": "cifar10", "lr": 0.125, "seed": seed, "data_dir": f"data{seed}"}
+    start = {"command": f"python train.py --lr 0.125 --seed {seed}", "device": "a CPU, 2 threads"}
+    (folder / "config.json").write_text(json.dumps({"settings": settings, "starts": [start]}))
+    rows = [f"{i},{i},0.1,2,0.1,1.5,{a}" for i, a in enumerate(accuracies, 1)]
+    header = "epoch,step,lr,train_loss,train_accuracy,val_loss,val_accuracy"
+    (folder / "metrics.csv").write_text("\n".join([header, *rows]))
+    times = [f"{i},90,500,1" for i in range(1, len(accuracies) + 1)]
+    header = "epoch,seconds,images_per_second,peak_memory_mib"
+    (folder / "timing.csv").write_text("\n".join([header, *times]))
+    if test_accuracy:
+        test = {"accuracy": test_accuracy, "interval_95": [0.7, 0.9], "loss": 0.5}
+        test |= {"calibration_error": 0.03, "ten_views": {"accuracy": test_accuracy + 0.01}}
+        (folder / "test.json").write_text(json.dumps(test))
+
+
+def test_pages_agree_with_the_results():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert sum(page.read_text().count("<!-- table ") for page in pages) == len(tables.TABLES)
+    for page in pages:
+        assert tables.fill(page.read_text()) == page.read_text(), f"{page}: run python tables.py"
+
+
+def test_number_that_is_not_in_the_results_is_found_and_mended(script, tmp_path, capsys):
+    page = tmp_path / "README.md"
+    true = page.read_text()
+    before, speed = true.split("<!-- table speed -->")
+    page.write_text(before + "<!-- table speed -->" + speed.replace("| 3.2 (", "| 9.9 (", 1))
+    assert page.read_text() != true
+    assert script("--check") == 1
+    assert capsys.readouterr().out == "out of date: README.md\n"
+    assert page.read_text() != true
+    assert script() == 0
+    assert page.read_text() == true
+    assert script("--check") == 0
+
+
+def test_unknown_table_is_named(script, tmp_path, capsys):
+    (tmp_path / "docs" / "new.md").write_text("<!-- table magic -->\n<!-- end -->\n")
+    assert script() == 2
+    assert "no table is called magic" in capsys.readouterr().err
+
+
+def test_seeds_are_averaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    accuracies = (0.8, 0.82, 0.87)
+    for seed, accuracy in enumerate(accuracies):
+        write_run(tmp_path / f"run-{seed}", seed, accuracy)
+    write_run(tmp_path / "not-evaluated", 7, None)
+    header, _, row = tables.results_table().splitlines()
+    assert row.startswith("| [`python train.py --lr 0.125`](results/run-0) | 3 | 75.0% ± 0.0 | ")
+    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+    assert f"| {mean:.1%} ± {100 * deviation:.1f} | {mean + 0.01:.1%} ± " in row
+    assert row.endswith(" | 3.0% ± 0.0 | 0.500 | 3 min | a CPU |")
+    assert header.count("|") == row.count("|")
+
+
+def test_single_seed_has_its_interval(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    write_run(tmp_path / "run", 0, 0.8)
+    row = tables.results_table().splitlines()[2]
+    assert "| 1 | 75.0% | 80.0% (70.0% to 90.0%) | 81.0% | 3.0% |" in row
+
+
+def test_time_until_an_accuracy(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    write_run(tmp_path / "run", 0, 0.8, accuracies=(0.5, 0.61, 0.6, 0.85))
+    header, _, row = tables.time_table().splitlines()
+    assert header == "|  | 60% | 70% | 80% |"
+    assert row == "| `python train.py --lr 0.125 --seed 0` | 3 min | 6 min | 6 min |"
+
+
+def test_search_shows_failures(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    write_run(tmp_path / "search" / "good", 0, None)
+    write_run(tmp_path / "search" / "bad", 1, None, accuracies=())
+    (tmp_path / "search" / "bad" / "note.txt").write_text("diverged\n")
+    bad, good = tables.tried_table().splitlines()[2:]
+    assert bad == "| `python train.py --lr 0.125` |  |  | diverged |"
+    assert good == "| `python train.py --lr 0.125` | 75.0% | 1.500 |  |"
