@@ -302,10 +302,10 @@ def error_curves(epochs: list[dict], name: str) -> list[list[float]]:
 
 def setting(args: argparse.Namespace) -> str:
     """For titles: what the runs have in common, and whether that is less than a full training."""
-    recipe = train.RECIPES[args.recipe, args.dataset, "sgd"]
+    config = train.new_config({"recipe": args.recipe, "dataset": args.dataset})
     images = f"{args.train_images:,}" if args.train_images else "all"
-    reduced = args.train_images or args.epochs < recipe["epochs"]
-    name = train.run_name(train.new_config({"recipe": args.recipe, "dataset": args.dataset}))
+    reduced = args.train_images or args.epochs < config["epochs"]
+    name = train.run_name(config)
     return (
         f"{name}, {'reduced setting: ' if reduced else ''}{images} training images, "
         f"epochs: {args.epochs}, seeds: {args.seeds}"

@@ -1,4 +1,4 @@
-"""The README's commands and programs, run in the order in which they stand."""
+"""The commands and programs of README.md and docs/training.md, run in the order of the page."""
 
 import importlib
 import re
@@ -18,37 +18,26 @@ import train
 from utils import run_script
 
 README = (ROOT / "README.md").read_text()
-CIFAR10_CLASSES = [
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-]
+TRAINING = (ROOT / "docs" / "training.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
 
 
-def commands():
+def commands(page):
     """Each command of the bash blocks, split as a shell does, without python3 -m venv and pip."""
-    text = "".join(blocks("bash")).replace("\\\n", " ").replace("&&", "\n")
+    text = "".join(blocks(page, "bash")).replace("\\\n", " ").replace("&&", "\n")
     lines = [shlex.split(line, comments=True) for line in text.splitlines()]
     return [line for line in lines if line and "venv" not in " ".join(line) and line[0] != "pip"]
 
 
 @pytest.fixture
 def folder(handlers_restored, monkeypatch, tmp_path):
-    """A user's folder with pictures, where CIFAR-10 is small and runs are of one epoch."""
+    """A user's folder with pictures, where CIFAR-10 is a few shapes and runs are of one epoch."""
     monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", SHAPES_PER_CLASS)
     for module in (train, evaluate):
-        monkeypatch.setattr(module, "load_dataset", small_dataset)
+        monkeypatch.setattr(module, "load_dataset", lambda *_: dataset.draw_shapes())
     for recipe in train.RECIPES.values():
         monkeypatch.setitem(recipe, "epochs", 1)
     monkeypatch.chdir(tmp_path)
@@ -58,22 +47,16 @@ def folder(handlers_restored, monkeypatch, tmp_path):
     return tmp_path
 
 
-def small_dataset(name, data_dir=None):
-    shapes = dataset.draw_shapes()
-    classes = CIFAR10_CLASSES if name == "cifar10" else shapes.classes
-    return dataset.Dataset(classes, shapes.train, shapes.val, shapes.test)
-
-
 def run(monkeypatch, script, *arguments):
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as stopped:
         run_script(importlib.import_module(script.removesuffix(".py")).main)
-    return stopped.value.code
+    return stopped.value.code or 0
 
 
-def test_readme_commands(folder, monkeypatch, capsys):
+def test_commands(folder, monkeypatch, capsys):
     done = []
-    for launcher, *arguments in commands():
+    for launcher, *arguments in [*commands(README), *commands(TRAINING)]:
         if launcher == "python" and arguments[0] != "-m":
             assert run(monkeypatch, *arguments) == 0, (arguments, capsys.readouterr().err)
             done.append(arguments[0])
@@ -89,12 +72,12 @@ def test_readme_commands(folder, monkeypatch, capsys):
     assert (folder / "predictions.png").exists()
 
 
-def test_readme_programs(folder, monkeypatch):
+def test_programs(folder, monkeypatch):
     assert run(monkeypatch, "train.py", "--output-dir", "runs/cifar10-sgd") == 0
-    images = torch.zeros(2, 3, 50, 40, dtype=torch.uint8)
-    names = {"images": images}
-    for program in blocks("python"):
+    names = {}
+    for program in blocks(README, "python"):
         exec(program, names)
     assert names["logits"].shape == (8, 10)
+    assert names["features"].shape == (8, 4096)
     assert names["probabilities"].shape == (2, 10)
     torch.testing.assert_close(names["probabilities"].sum(1), torch.ones(2))
