@@ -141,13 +141,23 @@ def minutes_until(run: dict, mark: float) -> float | None:
 
 
 def tried_table() -> str:
-    """A row for each short run of the search for a recipe, failures included."""
+    """A row for each run on CIFAR-10, failures included, and its validation accuracy."""
+    runs = [*read_runs(RESULTS), *read_runs(RESULTS / "search")]
     rows = []
-    for run in read_runs(RESULTS / "search"):
-        accuracy = f"{float(run['epochs'][-1]['val_accuracy']):.1%}" if run["epochs"] else ""
-        loss = f"{float(run['epochs'][-1]['val_loss']):.3f}" if run["epochs"] else ""
-        rows.append([f"`{without_seed(run['command'])}`", accuracy, loss, run["note"]])
-    return markdown(["command", "validation accuracy", "loss", ""], rows)
+    for run in runs:
+        accuracies = [f"{float(row['val_accuracy']):.1%}" for row in run["epochs"]]
+        if run["settings"]["dataset"] == "cifar10":
+            rows.append(
+                [
+                    f"`{without_seed(run['command'])}`",
+                    f"{len(accuracies)} of {run['settings']['epochs']}",
+                    *(accuracies[:1] or [""]),
+                    *(accuracies[-1:] or [""]),
+                    run["note"],
+                ]
+            )
+    rows.sort(key=lambda row: row[3], reverse=True)
+    return markdown(["command", "epochs", "after the first", "after the last", ""], rows)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def test_curves_of_several_runs_are_laid_over_each_other(tmp_path, monkeypatch, 
     assert capsys.readouterr().out == "wrote curves.png\n"
 
 
-@pytest.mark.parametrize("row", ["", "1,5,x,2,0.1,1.5,0.2", "1,5", "1,5,0.1,2,0.1,,"])
+@pytest.mark.parametrize("row", ["", "1,5,0.1,2,0.1,x,0.2", "1,5", "1,5,0.1,2,0.1,,"])
 def test_folder_without_epochs_is_named(tmp_path, row):
     write_run(tmp_path / "run", row)
     with pytest.raises(UserError, match="has no validated epochs"):

@@ -31,6 +31,7 @@ def script(handlers_restored, monkeypatch, tmp_path):
 def write_run(folder, seed, test_accuracy, accuracies=(0.5, 0.75)):
     folder.mkdir(parents=True)
     settings = {"dataset": "cifar10", "lr": 0.125, "seed": seed, "data_dir": f"data{seed}"}
+    settings |= {"epochs": 9}
     start = {"command": f"python train.py --lr 0.125 --seed {seed}", "device": "a CPU, 2 threads"}
     (folder / "config.json").write_text(json.dumps({"settings": settings, "starts": [start]}))
     rows = [f"{i},{i},0.1,2,0.1,1.5,{a}" for i, a in enumerate(accuracies, 1)]
@@ -106,6 +107,6 @@ def test_search_shows_failures(tmp_path, monkeypatch):
     write_run(tmp_path / "search" / "good", 0, None)
     write_run(tmp_path / "search" / "bad", 1, None, accuracies=())
     (tmp_path / "search" / "bad" / "note.txt").write_text("diverged\n")
-    bad, good = tables.tried_table().splitlines()[2:]
-    assert bad == "| `python train.py --lr 0.125` |  |  | diverged |"
-    assert good == "| `python train.py --lr 0.125` | 75.0% | 1.500 |  |"
+    good, bad = tables.tried_table().splitlines()[2:]
+    assert good == "| `python train.py --lr 0.125` | 2 of 9 | 50.0% | 75.0% |  |"
+    assert bad == "| `python train.py --lr 0.125` | 0 of 9 |  |  | diverged |"
