@@ -3,7 +3,7 @@
 In a notebook:
 
     classifier = Classifier.from_checkpoint("runs/cifar10-sgd/best.pt")
-    classifier.probabilities(images)  # uint8 [N, 3, H, W] to [N, 10]
+    classifier.probabilities(images)  # uint8 [N, 3, 32, 32] to [N, 10]
 """
 
 import argparse
@@ -72,7 +72,16 @@ class Classifier:
         return cls(network.to(place), checkpoint["classes"], preprocessing, precision)
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Of each class, float32 [N, classes] on the CPU, for uint8 images [N, 3, H, W]."""
+        """Of each class, float32 [N, classes] on the CPU, for uint8 images [N, 3, 32, 32].
+
+        Raises ValueError for another size, which the network was not trained on: read_picture()
+        reduces a picture.
+        """
+        if images.shape[1:] != (3, SIZE, SIZE) or images.dtype != torch.uint8:
+            raise ValueError(
+                f"Classifier expects uint8 images of shape [N, 3, {SIZE}, {SIZE}], got "
+                f"{images.dtype} {list(images.shape)}; read_picture() reduces a picture"
+            )
         device = self.network.conv1.weight.device
         logits = predict(self.network, images.to(device), self.preprocessing, self.precision)
         return logits.softmax(1).cpu()

@@ -56,8 +56,9 @@ def read_run(folder: Path) -> dict:
 
 
 def read_runs(folder: Path) -> list[dict]:
-    """The runs whose folders are in this one, by name."""
-    return [read_run(path.parent) for path in sorted(folder.glob("*/config.json"))]
+    """The runs of train.py whose folders are in this one, by name."""
+    folders = [path.parent for path in sorted(folder.glob("*/config.json"))]
+    return [read_run(each) for each in folders if not (each / "ablation.csv").exists()]
 
 
 def by_experiment(runs: list[dict]) -> list[list[dict]]:
@@ -82,9 +83,10 @@ def percent(shares: list[float], interval: list[float] | None = None) -> str:
     return f"{text} ({interval[0]:.1%} to {interval[1]:.1%})" if interval else text
 
 
-def best_validation(run: dict) -> float:
-    """The highest validation accuracy (0..1) of any epoch."""
-    return max(float(row["val_accuracy"]) for row in run["epochs"])
+def best_validation(run: dict) -> float | None:
+    """The highest validation accuracy (0..1) of any epoch; None with --train-split full."""
+    accuracies = [float(row["val_accuracy"]) for row in run["epochs"] if row["val_accuracy"]]
+    return max(accuracies, default=None)
 
 
 def results_table() -> str:
@@ -95,13 +97,14 @@ def results_table() -> str:
     rows = []
     for group in groups:
         tests = [run["test"] for run in group]
+        validation = [best_validation(run) for run in group]
         ten = [test["ten_views"] for test in tests if "ten_views" in test]
         errors = [test["calibration_error"] for test in tests if "calibration_error" in test]
         rows.append(
             [
                 f"[`{without_seed(group[0]['command'])}`](results/{group[0]['folder']})",
                 str(len(group)),
-                percent([best_validation(run) for run in group]),
+                percent(validation) if None not in validation else "",
                 percent([test["accuracy"] for test in tests], tests[0]["interval_95"]),
                 percent([test["accuracy"] for test in ten]) if ten else "",
                 percent(errors) if errors else "",
@@ -110,7 +113,8 @@ def results_table() -> str:
                 group[0]["device"].removesuffix(", 2 threads"),
             ]
         )
-    header = "command, seeds, validation, test, ten views, calibration error, loss, training, on"
+    header = "command, seeds, validation, test, ten views, calibration error, test loss, training, "
+    header += "hardware"
     return markdown(header.split(", "), rows)
 
 
@@ -118,7 +122,7 @@ def time_table() -> str:
     """Minutes of training after which an epoch's validation accuracy first was so high."""
     marks = (0.6, 0.7, 0.8, 0.9, 0.93, 0.94, 0.95)
     runs = [run for run in read_runs(RESULTS) if run["settings"]["dataset"] == "cifar10"]
-    runs = [run for run in runs if run["test"]]
+    runs = [run for run in runs if run["test"] and best_validation(run)]
     reached = [mark for mark in marks if any(best_validation(run) >= mark for run in runs)]
     rows = []
     for run in sorted(runs, key=lambda run: -best_validation(run)):
@@ -145,7 +149,9 @@ def tried_table() -> str:
     runs = [*read_runs(RESULTS), *read_runs(RESULTS / "search")]
     rows = []
     for run in runs:
-        accuracies = [f"{float(row['val_accuracy']):.1%}" for row in run["epochs"]]
+        accuracies = [
+            row["val_accuracy"] and f"{float(row['val_accuracy']):.1%}" for row in run["epochs"]
+        ]
         if run["settings"]["dataset"] == "cifar10":
             rows.append(
                 [
@@ -247,16 +253,17 @@ TABLES = {
 }
 
 
-def fill(text: str) -> str:
-    """The text with each of its marked tables made anew. Raises UserError for an unknown one."""
+def fill(page: Path) -> str:
+    """The page with each of its marked tables made anew. Raises UserError for an unknown one."""
+    to_root = "../" * (len(page.relative_to(ROOT).parts) - 1)  # links are relative to the page
 
     def table(match: re.Match) -> str:
         start, name, end = match.groups()
         if name not in TABLES:
             raise UserError(f"no table is called {name}; there are {', '.join(TABLES)}")
-        return f"{start}\n{TABLES[name]()}\n{end}"
+        return f"{start}\n{TABLES[name]().replace('](', f']({to_root}')}\n{end}"
 
-    return MARKED.sub(table, text)
+    return MARKED.sub(table, page.read_text())
 
 
 def main() -> int:
@@ -264,11 +271,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only say which are out of date")
     args = parser.parse_args()
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    stale = [page for page in pages if fill(page.read_text()) != page.read_text()]
+    stale = [page for page in pages if fill(page) != page.read_text()]
     for page in stale:
         if not args.check:
             with atomic_write(page) as temporary:
-                temporary.write_text(fill(page.read_text()))
+                temporary.write_text(fill(page))
         print(f"{'out of date' if args.check else 'wrote'}: {page.relative_to(ROOT)}")
     return 1 if stale and args.check else 0
 

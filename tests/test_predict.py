@@ -147,6 +147,15 @@ def test_probabilities_are_the_softmax_of_the_network():
     torch.testing.assert_close(probabilities.double(), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 3, 48, 64, dtype=torch.uint8), torch.zeros(1, 3, 32, 32)]
+)
+def test_images_that_no_training_had_are_refused(images):
+    classifier = Classifier.from_checkpoint(CHECKPOINT, "cpu")
+    with pytest.raises(ValueError, match=r"expects uint8 images .*read_picture"):
+        classifier.probabilities(images)
+
+
 def test_hub_finds_the_network_and_the_classifier():
     network = torch.hub.load(str(ROOT), "alexnet", source="local", num_classes=7, groups=2)
     assert network.config["num_classes"] == 7
