@@ -19,6 +19,7 @@ import train
 from dataset import DATASETS, DEFAULT_DATA_DIR
 from parallel import Processes
 from utils import (
+    DAMAGE_ERRORS,
     OneLineParser,
     StopRequest,
     UserError,
@@ -177,7 +178,7 @@ def claim_folder(folder: Path, settings: dict) -> None:
 
     Raises UserError if it holds something else, or if it cannot be made.
     """
-    path, text = folder / "ablation.json", json.dumps(settings, indent=1) + "\n"
+    path = folder / "ablation.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -185,13 +186,21 @@ def claim_folder(folder: Path, settings: dict) -> None:
     found = {entry.name for entry in folder.iterdir()}
     if found and path.name not in found:
         raise UserError(f"--output-dir {folder} is not empty; name another folder")
-    if len(found) > 1 and path.read_text() != text:
+    if len(found) > 1 and settings != read_settings(path):
         raise UserError(
             f"--output-dir {folder} holds an ablation with other settings ({path}); "
             "repeat those or name another folder"
         )
     with atomic_write(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def read_settings(path: Path) -> dict:
+    """What the runs of an ablation have in common, if it can be read."""
+    try:
+        return {"ideas": "paper", **json.loads(path.read_text())}  # once there were no others
+    except (OSError, *DAMAGE_ERRORS):
+        return {}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -202,7 +211,7 @@ def claim_folder(folder: Path, settings: dict) -> None:
 def collect(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """A row for each run that is over, and one for each of their epochs."""
     results, epochs = [], []
-    for name in names(args):
+    for name in (BASE, *IDEAS[args.ideas]):  # whatever --only says now
         for seed in range(args.seeds):
             run_dir = args.output_dir / f"{name}-{seed}"
             state = outcome(run_dir, args.epochs)
@@ -252,7 +261,8 @@ def report(args: argparse.Namespace) -> None:
             writer.writerows(rows)
     ideas = compare(results, args.ideas)
     if ideas:
-        figure = figures.ablation(ideas, setting(args))
+        source = {"paper": "the paper says", "modern": "source"}[args.ideas]
+        figure = figures.ablation(ideas, setting(args), source)
         figures.save_figure(figure, args.output_dir / "ablation.png")
     errors = {
         label: error_curves(epochs, name)
@@ -325,7 +335,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--train-images", type=positive_int, metavar="N", help="use so many; default: all")
     add("--ideas", choices=IDEAS, default="paper", help="the paper's or later ones; default: paper")
     add("--only", nargs="+", metavar="IDEA", help="of these; default: all of them")
-    add("--recipe", choices=train.RECIPE_NAMES, default="paper", help="default: paper")
+    add("--recipe", choices=train.RECIPE_NAMES, help="default: that of the ideas")
     add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
     add("--data-dir", default=DEFAULT_DATA_DIR, help=f"default: {DEFAULT_DATA_DIR}")
     add("--output-dir", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
@@ -334,6 +344,9 @@ def parse_arguments() -> argparse.Namespace:
     if unknown:
         known = ", ".join(IDEAS[args.ideas])
         raise UserError(f"--only {unknown.pop()} is none of the ideas: {known}")
+    args.recipe = args.recipe or args.ideas
+    for name in names(args):  # an idea may not fit the recipe
+        train.new_config(run_settings(args, name, 0))
     return args
 
 

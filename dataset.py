@@ -345,6 +345,8 @@ class Augmentation:
         (DeVries and Taylor 2017, arXiv 1708.04552).
     crop: cut a 227x227 window out of the image enlarged to 256x256, instead of a shift.
     colours: [3, 3], the principal components that colour noise is made of, or None for no noise.
+    divisor: of the image without its mean and with its noise, which the 2012 source divides by
+        1 + COLOUR_NOISE (convdata.py, get_next_batch).
     """
 
     flip: bool = True
@@ -354,6 +356,7 @@ class Augmentation:
     cutout: int = 0
     crop: bool = False
     colours: Tensor | None = None
+    divisor: float = 1.0
 
     @classmethod
     def of(cls, name: str, images: Tensor) -> "Augmentation":
@@ -366,7 +369,8 @@ class Augmentation:
         if name == "none":
             return cls(flip=False, shift=0)
         if name == "paper":
-            return cls(crop=True, colours=principal_components(images))
+            colours = principal_components(images)
+            return cls(crop=True, colours=colours, divisor=1 + COLOUR_NOISE)
         augmentation = cls()
         if name in ("affine", "strong"):
             augmentation.rotation, augmentation.zoom = 15.0, 1.2
@@ -402,6 +406,7 @@ def resample(
     preprocessing: Preprocessing,
     noise: Tensor | None = None,
     hidden: Tensor | None = None,
+    divisor: float = 1.0,
 ) -> Tensor:
     """Normalises uint8 images and resamples each through its own affine map.
 
@@ -411,10 +416,9 @@ def resample(
             image's, as torch.nn.functional.affine_grid takes them. Beyond its edges an image is
             continued by reflection.
         preprocessing: mean, std and output size S.
-        noise: float [N, 3], added to every pixel of an image, in 0..255. The sum is divided by
-            1 + COLOUR_NOISE, so that noisy images vary no more than plain ones do (2012 source,
-            convdata.py, get_next_batch).
+        noise: float [N, 3], added to every pixel of an image, in 0..255.
         hidden: bool [N, 1, H, W], the pixels to be replaced by the mean colour.
+        divisor: of the image without its mean and with its noise.
 
     Returns float32 [N, 3, S, S], channels last. The identity map gives what
     torch.nn.functional.interpolate(mode="bilinear") gives.
@@ -427,7 +431,7 @@ def resample(
     grid = F.affine_grid(maps, [len(images), 3, size, size], align_corners=False)
     centred = images - mean
     if noise is not None:
-        centred = (centred + noise[:, :, None, None]) / (1 + COLOUR_NOISE)
+        centred = (centred + noise[:, :, None, None]) / divisor
     normalised = centred / std
     if hidden is not None:
         normalised = normalised.masked_fill(hidden, 0)
@@ -557,10 +561,11 @@ def training_batches(
         index = order[batch][share]
         batch_noise = None if noise is None else noise[batch][share]
         hidden = None if squares is None else inside_squares(squares[batch][share], side, size)
-        images = resample(
-            split.images[index], maps[batch][share], preprocessing, batch_noise, hidden
+        small, divisor = split.images[index], augmentation.divisor
+        yield (
+            resample(small, maps[batch][share], preprocessing, batch_noise, hidden, divisor),
+            split.labels[index],
         )
-        yield images, split.labels[index]
 
 
 def plain_batches(

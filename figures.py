@@ -84,14 +84,15 @@ def confusion_matrix(matrix: np.ndarray, classes: list[str], title: str) -> Figu
     return figure
 
 
-def ablation(ideas: list[dict], title: str) -> Figure:
+def ablation(ideas: list[dict], title: str, source: str = "the paper says") -> Figure:
     """What each idea adds to the validation accuracy: every seed, mean and standard deviation.
 
     Args:
-        ideas: for each its name (idea), what the paper says of it (claim), the accuracy with it
+        ideas: for each its name (idea), what its source says of it (claim), the accuracy with it
             minus that without it in percentage points for each seed (differences), and the number
             of seeds without a difference, because a run diverged (diverged).
         title: the setting.
+        source: the heading of the claims.
     """
     figure = Figure(figsize=(9, 1.6 + 0.62 * len(ideas)), layout="constrained")
     axes, notes = figure.subplots(1, 2, width_ratios=(5, 3), sharey=True)
@@ -116,7 +117,7 @@ def ablation(ideas: list[dict], title: str) -> Figure:
     axes.plot([], [], "o", color=BLUE, alpha=0.6, label="one seed")
     axes.errorbar([], [], xerr=[], fmt="D", color=ORANGE, label="mean ± standard deviation")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    notes.set_title("the paper says", loc="left", fontsize=10)
+    notes.set_title(source, loc="left", fontsize=10)
     notes.axis("off")
     figure.suptitle(title, fontsize=10)
     return figure

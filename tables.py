@@ -10,12 +10,13 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from train import BEFORE
 from utils import OneLineParser, UserError, atomic_write, run_script
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.S)
-WHERE = ("data_dir", "device", "save_every", "seed", "tensorboard")  # no part of an experiment
+NOT_COMPARED = ("data_dir", "device", "save_every", "seed", "tensorboard")
 
 
 def read_csv(path: Path) -> list[dict]:
@@ -65,7 +66,8 @@ def by_experiment(runs: list[dict]) -> list[list[dict]]:
     """Runs that differ by their seed alone are together."""
     groups = {}
     for run in runs:
-        key = {name: value for name, value in run["settings"].items() if name not in WHERE}
+        settings = {**BEFORE, **run["settings"]}  # a run may be older than an option
+        key = {name: value for name, value in settings.items() if name not in NOT_COMPARED}
         groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
     return list(groups.values())
 
@@ -147,22 +149,13 @@ def minutes_until(run: dict, mark: float) -> float | None:
 def tried_table() -> str:
     """A row for each run on CIFAR-10, failures included, and its validation accuracy."""
     runs = [*read_runs(RESULTS), *read_runs(RESULTS / "search")]
+    runs = [run for run in runs if run["settings"]["dataset"] == "cifar10"]
     rows = []
-    for run in runs:
-        accuracies = [
-            row["val_accuracy"] and f"{float(row['val_accuracy']):.1%}" for row in run["epochs"]
-        ]
-        if run["settings"]["dataset"] == "cifar10":
-            rows.append(
-                [
-                    f"`{without_seed(run['command'])}`",
-                    f"{len(accuracies)} of {run['settings']['epochs']}",
-                    *(accuracies[:1] or [""]),
-                    *(accuracies[-1:] or [""]),
-                    run["note"],
-                ]
-            )
-    rows.sort(key=lambda row: row[3], reverse=True)
+    for run in sorted(runs, key=lambda run: -(best_validation(run) or 0)):
+        done = f"{len(run['epochs'])} of {run['settings']['epochs']}"
+        ends = [run["epochs"][place]["val_accuracy"] if run["epochs"] else "" for place in (0, -1)]
+        accuracies = [f"{float(end):.1%}" if end else "" for end in ends]
+        rows.append([f"`{without_seed(run['command'])}`", done, *accuracies, run["note"]])
     return markdown(["command", "epochs", "after the first", "after the last", ""], rows)
 
 

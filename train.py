@@ -8,9 +8,10 @@ needs) and best.pt (the best on the validation split, all that evaluate.py needs
 
 import argparse
 import contextlib
+import copy
 import csv
 import functools
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -154,11 +155,6 @@ DIVISIONS = 3  # paper §5: the learning rate was "reduced three times prior to 
 
 METRICS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 TIMING = ("epoch", "seconds", "images_per_second", "peak_memory_mib")
-MAY_BE_MISSING = {  # None in the history
-    "val_loss",  # with --train-split full
-    "val_accuracy",
-    "peak_memory_mib",  # unknown on some systems
-}
 STATE_NAMES = {  # what an optimizer keeps for each parameter
     torch.optim.SGD: {"momentum_buffer"},
     torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
@@ -237,11 +233,15 @@ def make_mix(config: dict, num_classes: int) -> Callable | None:
     return kind and kind(num_classes=num_classes)
 
 
-def make_average(network: AlexNet, config: dict) -> AveragedModel | None:
-    """The exponential moving average of the network's weights, begun with the first step."""
-    if not config["ema"]:
-        return None
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config["ema"]))
+def update_average(average: AlexNet, network: AlexNet, decay: float, step: int) -> None:
+    """Moves the averaged weights towards the network's; step counts from 0.
+
+    At first it keeps less of itself, (1 + step) / (10 + step), or the first weights would stay in
+    it for longer than a short run has steps (as in TensorFlow's tf.train.ExponentialMovingAverage).
+    No step waits for a GPU, as it would with torch.optim.swa_utils.AveragedModel.
+    """
+    keep = min(decay, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(keep)(list(average.parameters()), list(network.parameters()), None)
 
 
 def make_network(config: dict, num_classes: int) -> AlexNet:
@@ -342,6 +342,8 @@ def new_config(given: dict) -> dict:
         if name in config and name not in recipe:
             raise UserError(f"{as_option(name)} is for --optimizer sgd; leave it out")
     config = {**recipe, **config}
+    if config["schedule"] == "plateau" and config["warm_up"] != recipe["warm_up"]:
+        raise UserError("--warm-up is for --schedule cosine; leave it out")
     if config["train_split"] == "full" and config["schedule"] == "plateau":
         raise UserError("--schedule plateau watches the validation images; use --train-split train")
     if config.get("nesterov") and not config["momentum"]:
@@ -481,7 +483,8 @@ class Run:
         self.compiled = compiled(self.parallel, device) if config["compile"] else self.parallel
         self.optimizer = make_optimizer(self.network, config)
         self.mix = make_mix(config, len(self.classes))
-        self.average = make_average(self.network, config)
+        # The exponential moving average of the weights.
+        self.average = copy.deepcopy(self.network) if config["ema"] else None
 
         self.epoch = 0  # epochs finished
         self.step = 0  # steps done in the epoch under way
@@ -504,7 +507,7 @@ class Run:
     @property
     def evaluated(self) -> AlexNet:
         """The network that is validated and kept: the one in training, or its average."""
-        return self.average.module if self.average else self.network
+        return self.average or self.network
 
     def say(self, text: str) -> None:
         """Prints a line, once for all processes."""
@@ -548,7 +551,7 @@ class Run:
         """
         self.save_best()
         self.check_losses()
-        if not all(weight.isfinite().all() for weight in self.network.parameters()):
+        if not self.is_finite():
             raise self.diverged("a weight became NaN or infinite", self.step)
         progress = {
             "step": self.step,
@@ -568,6 +571,10 @@ class Run:
     def is_save_due(self) -> bool:
         """Whether the last save is longer ago than --save-every."""
         return time.monotonic() - self.last_save > 60 * self.config["save_every"]
+
+    def is_finite(self) -> bool:
+        """Whether no weight is NaN or infinite. Waits for the device."""
+        return all(weight.isfinite().all() for weight in self.network.parameters())
 
     def check_losses(self) -> None:
         """Raises UserError if a loss of this epoch is NaN or infinite. Waits for the device."""
@@ -598,13 +605,12 @@ class Run:
             if name not in CHANGEABLE and recorded[name] != value:
                 raise UserError(f"{path} is not of this run: its {name!a:.40} is not {value}")
         try:
-            check_progress(content, self.steps_per_epoch)
+            check_progress(content, self.steps_per_epoch, validated=self.val is not None)
             self.evaluated.load_state_dict(network.state_dict())
             if self.average:
                 check_dicts(content, "weights_in_training")
                 for name, weight in self.network.state_dict().items():
                     weight.copy_(fitting_tensor(content["weights_in_training"][name], weight))
-                self.average.n_averaged.fill_(1)  # 0 would mean that it is still to begin
             settings = self.optimizer.state_dict()["param_groups"]
             state = fitting_state(content["optimizer"]["state"], self.optimizer)
             self.optimizer.load_state_dict({"state": state, "param_groups": settings})
@@ -658,7 +664,7 @@ class Run:
             self.tensorboard.flush()
 
 
-def check_progress(content: dict, steps_per_epoch: int) -> None:
+def check_progress(content: dict, steps_per_epoch: int, validated: bool) -> None:
     """Raises ValueError, KeyError or TypeError for what a run could not go on with."""
     check_dicts(content, "progress", "optimizer")
     check_dicts(content["optimizer"], "state")
@@ -669,10 +675,13 @@ def check_progress(content: dict, steps_per_epoch: int) -> None:
         raise ValueError("it has no such step")
     if len(progress["history"]) != epoch:
         raise ValueError(f"its history is not one of {epoch!a:.40} epochs")
+    missing = {"peak_memory_mib": None}  # unknown on some systems
+    if not validated:
+        missing |= {"val_loss": None, "val_accuracy": None}
     numbers = [progress["seconds"]]
     for row in progress["history"]:
-        numbers += [row[name] for name in (*METRICS, *TIMING) if name not in MAY_BE_MISSING]
-        numbers += [row[name] or 0 for name in MAY_BE_MISSING]
+        for name in (*METRICS, *TIMING):
+            numbers += [] if name in missing and row[name] is None else [row[name]]
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
         raise ValueError("its history is not made of numbers")
 
@@ -733,6 +742,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     torch.manual_seed(mix_seeds(run.config["seed"], global_step, run.processes.rank))
     if run.mix and len(labels) > 1:
         images, targets = run.mix(images, labels)
+        images = images.contiguous(memory_format=torch.channels_last)
         labels = targets.argmax(1)  # of the image that there is more of
     else:
         targets = labels
@@ -747,7 +757,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     run.optimizer.step()
     run.optimizer.zero_grad()
     if run.average:
-        run.average.update_parameters(run.network)
+        update_average(run.average, run.network, run.config["ema"], global_step)
     return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
 
@@ -823,6 +833,8 @@ def finish_epoch(run: Run) -> None:
         "peak_memory_mib": peak_memory_mib(run.device),
     }
     run.history.append(row)
+    if not run.val and not run.is_finite():
+        raise run.diverged("a weight became NaN or infinite", run.step)
     if run.is_first and (not run.val or val_accuracy > best_before):
         run.keep_best()
     run.step, run.seconds = 0, 0.0
@@ -985,14 +997,16 @@ def prepare(given: dict, processes: Processes) -> Run:
     config, earlier_starts = resumed_config(resume, given) if resume else (new_config(given), [])
     if config["batch_size"] < processes.count:
         raise UserError(f"--batch-size {config['batch_size']} is less than one image per process")
+    if config["mix"] != "none" and config["batch_size"] < 2 * processes.count:
+        raise UserError(f"--mix {config['mix']} needs at least two images of a batch per process")
     run_dir = resume or processes.from_first(lambda: free_run_dir(config, output_dir))
     device = processes.select_device(config["device"])
     precision = select_precision(config["precision"], device)
     config["precision"] = processes.from_first(lambda: precision)  # machines may differ
     if config["deterministic"]:
         make_deterministic()
-    if config["tensorboard"] and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard needs a package: pip install tensorboard")
+    if config["tensorboard"] and processes.rank == 0:
+        check_tensorboard()
     with processes.one_before_the_others():
         dataset = load_dataset(config["dataset"], config["data_dir"])
     if config["train_split"] == "full":
@@ -1028,9 +1042,19 @@ def open_folder(
             run.tensorboard = tensorboard_writer(run.dir, first_epoch=run.epoch + 1)
 
 
+def check_tensorboard() -> None:
+    """Raises UserError if TensorBoard is not there or does not work."""
+    try:
+        importlib.import_module("torch.utils.tensorboard")  # slow, and not everyone has it
+    except ImportError as error:
+        raise UserError(
+            f"--tensorboard does not work here ({error}); pip install tensorboard, or leave it out"
+        ) from None
+
+
 def tensorboard_writer(run_dir: Path, first_epoch: int):
     """A SummaryWriter to the run's folder; what it has from first_epoch on will not be shown."""
-    from torch.utils.tensorboard import SummaryWriter  # slow to load, and not everyone has it
+    from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(run_dir, purge_step=first_epoch)
 

@@ -19,11 +19,12 @@ def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="more of what tests/test_faults.py tries")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With pytest -n, one process takes all tests of the run that is trained once."""
+    """With pytest -n --dist loadgroup one process takes all tests of what is trained once."""
     for item in items:
-        if "trained_run" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("trained_run"))
+        for trained in {"trained_run", "whole", "stopped"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(trained))
 
 
 @pytest.fixture(autouse=True)

@@ -78,6 +78,25 @@ def test_ablation_from_the_runs_to_the_tables(ablation, monkeypatch, capsys):
     assert "holds an ablation with other settings" in capsys.readouterr().err
 
 
+def test_other_ideas_in_the_same_folder_are_added(ablation):
+    options = ("--ideas", "modern", "--seeds", 1, "--epochs", 1, "--only")
+    for idea in ("smoothing", "nesterov"):
+        assert ablation(*options, idea) == 0
+    assert [row["switch"] for row in rows("out/ablation.csv")] == ["base", "nesterov", "smoothing"]
+    assert {row["recipe"] for row in rows("out/ablation.csv")} == {"modern"}
+
+
+def test_ablation_from_before_there_were_later_ideas_goes_on(ablation):
+    assert ablation("--seeds", 1, "--epochs", 1) == 0
+    path = Path("out/ablation.json")
+    settings = json.loads(path.read_text())
+    del settings["ideas"]
+    path.write_text(json.dumps(settings))
+    assert ablation("--seeds", 1, "--epochs", 1) == 0
+    path.write_text("{")
+    assert ablation("--seeds", 1, "--epochs", 1) == 2
+
+
 def test_diverged_run_is_a_result(ablation, monkeypatch):
     step = train.train_step
 
@@ -147,6 +166,8 @@ def test_each_switch_changes_a_setting_of_the_base(recipe, switch):
         ("--seeds 0", "--seeds"),
         ("--recipe both", "--recipe"),
         ("--ideas all", "--ideas"),
+        ("--ideas modern --recipe paper", "--warm-up is for --schedule cosine"),
+        ("--ideas modern --recipe fast", "--recipe fast is for --dataset cifar10"),
         ("--only magic", "--only magic is none of the ideas: tanh, no-norm"),
         ("--train-images 25", "--train-images 25"),
         ("--output-dir taken", "taken is not empty"),

@@ -350,7 +350,8 @@ def test_colour_noise_is_added_and_the_sum_divided(shapes):
     """2012 source, convdata.py: (image - mean + noise) / (1 + 0.1)."""
     images, noise = shapes.train.images[:2], torch.tensor([[10.0, -5.0, 0.0], [0.0, 2.0, 40.0]])
     preprocessing = Preprocessing([120.0, 110.0, 100.0], [1.0, 2.0, 4.0], size=32)
-    ours = resample(images, identity_maps(2), preprocessing, noise)
+    divisor = Augmentation.of("paper", shapes.train.images).divisor
+    ours = resample(images, identity_maps(2), preprocessing, noise, divisor=divisor)
     pixel = images[1, :, 20, 11].double()
     expected = (pixel - torch.tensor([120, 110, 100]) + noise[1]) / 1.1 / torch.tensor([1, 2, 4])
     torch.testing.assert_close(ours[1, :, 20, 11].double(), expected, rtol=0, atol=1e-3)
@@ -407,7 +408,7 @@ def test_colour_noise_is_an_images_own_and_new_in_each_epoch():
     tints = {}
     for epoch in (0, 1):
         for images, labels in batches(epoch=epoch, augmentation=augmentation):
-            noise = images * 1.1 - labels.view(-1, 1, 1, 1)
+            noise = images - labels.view(-1, 1, 1, 1)
             tint = noise.mean((2, 3))  # the same at every pixel, another for each channel and image
             same = tint[:, :, None, None].expand_as(noise)
             torch.testing.assert_close(noise, same, rtol=0, atol=1e-2)

@@ -381,15 +381,16 @@ NO_FOLDERS = ["nowhere", "file", "taken/nothing", "x" * 5000, "file/x", "--", "\
 NO_FILES = ["nowhere/x", "taken", "file/x", "x" * 5000, "--"]
 NUMBERS = {
     train.main: "--epochs --batch-size --train-images --lr --momentum --weight-decay --dropout "
-    "--bias-lr-factor --bias-decay-factor --seed --save-every --groups",
+    "--bias-lr-factor --bias-decay-factor --seed --save-every --groups --warm-up --label-smoothing "
+    "--ema",
     ablate.main: "--seeds --epochs --train-images",
     benchmark.main: "--rounds --workers --batch-sizes",
     evaluate.main: "--views",
 }
 CHOICES = {
     train.main: "--recipe --dataset --optimizer --schedule --init --input --augmentation "
-    "--activation --norm --pooling --precision",
-    ablate.main: "--recipe --dataset",
+    "--activation --norm --pooling --precision --mix --train-split",
+    ablate.main: "--recipe --dataset --ideas --only",
     benchmark.main: "--parts",
     evaluate.main: "--split --precision",
 }
@@ -405,7 +406,10 @@ OTHERS = [
     (benchmark.main, "--growth-figure", NO_FILES),
     (benchmark.main, "--device", NO_DEVICES),
 ]
-FLAGS = {train.main: ["--compile", "--deterministic"], benchmark.main: ["--compile"]}
+FLAGS = {
+    train.main: ["--compile", "--deterministic", "--nesterov", "--tensorboard", "--no-compile"],
+    benchmark.main: ["--compile"],
+}
 
 
 def bad_command_lines():

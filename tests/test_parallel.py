@@ -22,6 +22,7 @@ from parallel import Processes
 from utils import UserError, run_script
 
 OPTIONS = ["--dataset", "shapes", "--device", "cpu", "--precision", "fp32", "--dropout", "0"]
+OPTIONS += ["--ema", "0.9"]
 OPTIONS += ["--batch-size", "13", "--epochs", "2"]
 LAUNCHERS = {
     1: [sys.executable],

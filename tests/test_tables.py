@@ -104,6 +104,18 @@ def test_seeds_are_averaged(tmp_path, monkeypatch):
     assert header.count("|") == row.count("|")
 
 
+def test_seed_from_before_an_option_is_one_of_the_same_experiment(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for seed, added in enumerate(({}, {"mix": "none", "ema": 0.0}, {"mix": "cutmix"})):
+        write_run(tmp_path / f"run-{seed}", seed, 0.8)
+        path = tmp_path / f"run-{seed}" / "config.json"
+        record = json.loads(path.read_text())
+        record["settings"] |= added
+        path.write_text(json.dumps(record))
+    rows = tables.results_table().splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == ["2", "1"]
+
+
 def test_single_seed_has_its_interval(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     write_run(tmp_path / "run", 0, 0.8)
@@ -123,7 +135,9 @@ def test_search_shows_failures(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     write_run(tmp_path / "search" / "good", 0, None)
     write_run(tmp_path / "search" / "bad", 1, None, accuracies=())
+    write_run(tmp_path / "search" / "chance", 2, None, accuracies=(0.098,))
     (tmp_path / "search" / "bad" / "note.txt").write_text("diverged\n")
-    good, bad = tables.tried_table().splitlines()[2:]
+    good, chance, bad = tables.tried_table().splitlines()[2:]
+    assert "| 1 of 9 | 9.8% | 9.8% |" in chance
     assert good == "| `python train.py --lr 0.125` | 2 of 9 | 50.0% | 75.0% |  |"
     assert bad == "| `python train.py --lr 0.125` | 0 of 9 |  |  | diverged |"

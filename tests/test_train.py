@@ -1,3 +1,4 @@
+import copy
 import csv
 import json
 import math
@@ -161,12 +162,12 @@ def bare_run(network, **given):
 
 def test_loss_of_smoothed_and_mixed_labels():
     """In float64: the label keeps 1 - s, and s is shared by all classes (Szegedy 2016, §7)."""
-    network = torch.nn.Linear(4, 3).double()
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)).double()
     run = bare_run(network, label_smoothing=0.2)
     mixed = torch.tensor([[0.7, 0.3, 0], [0, 1, 0], [0.4, 0, 0.6], [0, 0.5, 0.5], [1, 0, 0]])
     targets = torch.cat([mixed, torch.tensor([[0, 0.25, 0.75]])]).double()
     run.mix = lambda images, labels: (2 * images, targets)
-    x = torch.randn(6, 4, dtype=torch.float64)
+    x = torch.randn(6, 1, 2, 2, dtype=torch.float64)
     scores = network(2 * x).detach()
     log_probabilities = scores - scores.exp().sum(1, keepdim=True).log()
     smooth = 0.8 * targets + 0.2 / 3
@@ -187,31 +188,32 @@ def test_mixed_images_hold_as_much_of_each_as_their_labels(name):
 
 
 def test_average_of_the_weights():
-    """By hand: it begins with the first step's weights and keeps 0.9 of itself at each other."""
+    """By hand: it keeps 0.3 of itself at each step, but 1/10 and 2/11 at the first two."""
     network = torch.nn.Linear(4, 3)
-    run = bare_run(network, lr=1.0, ema=0.9)
-    run.average = train.make_average(network, run.config)
-    expected = None
-    for run.step in range(5):
+    run = bare_run(network, lr=1.0, ema=0.3)
+    run.average = copy.deepcopy(network)
+    expected = network.weight.detach().clone()
+    for run.step, keep in enumerate((1 / 10, 2 / 11, 3 / 12, 0.3, 0.3)):
         train.train_step(run, torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
-        weight = network.weight.detach().clone()
-        expected = weight if expected is None else 0.9 * expected + 0.1 * weight
-    torch.testing.assert_close(run.average.module.weight, expected)
+        expected = keep * expected + (1 - keep) * network.weight.detach()
+    torch.testing.assert_close(run.average.weight, expected)
     assert (expected - network.weight).abs().max() > 1e-3
 
 
 def test_average_is_what_is_validated_and_kept(tiny):
-    """With a decay next to 1 it stays at the first step's weights."""
-    options = ("--epochs", 2, "--ema", 0.999999999, "--output-dir", "run")
-    assert tiny(*options) == 0
+    assert tiny("--epochs", 1, "--ema", 0.9, "--output-dir", "run") == 0
     last = torch.load("run/last.pt")
-    first_epoch, second_epoch = rows("run")
-    assert first_epoch["val_loss"] == second_epoch["val_loss"]
-    assert not torch.equal(last["weights"]["fc8.weight"], last["weights_in_training"]["fc8.weight"])
+    average, current = last["weights"]["fc8.weight"], last["weights_in_training"]["fc8.weight"]
+    assert not torch.equal(average, current)
+    assert torch.equal(torch.load("run/best.pt")["weights"]["fc8.weight"], average)
     network, preprocessing, content = load_network("run/best.pt")
     val = dataset.draw_shapes().val
     logits = predict(network, val.images, preprocessing, content["training"]["precision"])
-    assert loss_and_accuracy(logits, val.labels)[0] == pytest.approx(float(first_epoch["val_loss"]))
+    [row] = rows("run")
+    assert loss_and_accuracy(logits, val.labels)[0] == pytest.approx(float(row["val_loss"]))
+    network.load_state_dict(last["weights_in_training"])
+    logits = predict(network, val.images, preprocessing, content["training"]["precision"])
+    assert loss_and_accuracy(logits, val.labels)[0] != pytest.approx(float(row["val_loss"]))
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,25 @@ def test_resume_with_damaged_weights_in_training(tiny, capsys, damage):
     error = capsys.readouterr().err
     assert "cannot be resumed from" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}, "x", math.nan])
+def test_history_has_numbers(tiny, capsys, value):
+    assert tiny("--epochs", 1, "--output-dir", "run") == 0
+    last = torch.load("run/last.pt")
+    last["progress"]["history"][0]["val_accuracy"] = value
+    torch.save(last, "run/last.pt")
+    assert tiny("--resume", "run", "--epochs", 2) == 2
+    assert "cannot be resumed from" in capsys.readouterr().err
+
+
+def test_weights_gone_wrong_are_not_kept_without_validation(tiny, monkeypatch):
+    """The loss of the second epoch's last step is finite and its update is not."""
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: math.inf if step == 15 else 1e-3)
+    assert tiny("--epochs", 2, "--train-split", "full", "--output-dir", "run") == 2
+    kept = torch.load("run/best.pt")
+    assert kept["epoch"] == 1
+    assert all(weight.isfinite().all() for weight in kept["weights"].values())
 
 
 def test_full_split_trains_on_the_validation_images(tiny, capsys):
@@ -313,15 +334,15 @@ def test_flag_of_a_run_can_be_taken_back(tiny):
     assert json.loads(Path("run/config.json").read_text())["settings"]["deterministic"] is False
 
 
-def test_training_overfits_32_images(tmp_path):
-    split = Split(*(tensor[:32] for tensor in dataset.draw_shapes().train))
-    config = train.new_config({"dataset": "shapes", "optimizer": "adam", "batch_size": 32})
+def test_training_overfits_20_images(tmp_path):
+    split = Split(*(tensor[:20] for tensor in dataset.draw_shapes().train))
+    config = train.new_config({"dataset": "shapes", "optimizer": "adam", "batch_size": 20})
     config["precision"] = select_precision("auto", torch.device("cpu"))
     data = Dataset(dataset.SHAPES, split, split, split)
-    run = train.Run(tmp_path, {**config, "epochs": 60}, data, torch.device("cpu"), Processes())
+    run = train.Run(tmp_path, {**config, "epochs": 40}, data, torch.device("cpu"), Processes())
     plain = Augmentation(flip=False, shift=0)
-    [batch] = training_batches(split, run.preprocessing, plain, 32, 0, 0)
-    for _ in range(60):
+    [batch] = training_batches(split, run.preprocessing, plain, 20, 0, 0)
+    for _ in range(40):
         train.train_step(run, *batch)
         run.epoch += 1
     logits = predict(run.network, split.images, run.preprocessing, config["precision"])
@@ -576,7 +597,8 @@ def test_tensorboard_shows_each_epoch_once(tiny):
 
 
 def test_tensorboard_that_is_not_installed(tiny, monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     assert tiny("--epochs", 1, "--tensorboard", "--output-dir", "run") == 2
     assert "pip install tensorboard" in capsys.readouterr().err
     assert not Path("run").exists()
@@ -625,6 +647,8 @@ BAD_COMMANDS = [
     ("--nesterov --momentum 0", "--nesterov needs a --momentum"),
     ("--nesterov --optimizer adamw", "--nesterov is for --optimizer sgd"),
     ("--mix all", "all"),
+    ("--mix cutmix --batch-size 1", "--mix cutmix needs at least two images"),
+    ("--recipe paper --warm-up 0.3", "--warm-up is for --schedule cosine"),
     ("--ema 1", "--ema"),
     ("--label-smoothing 1", "--label-smoothing"),
     ("--warm-up 2", "--warm-up"),
@@ -768,12 +792,17 @@ def test_resume_from_a_damaged_checkpoint(tiny, capsys):
 def test_every_option_is_documented_with_its_default():
     page = (ROOT / "docs" / "training.md").read_text()
     rows = re.findall(r"^\| `(--[a-z-]+)` \| (.*?) \|", page, re.M)
-    table = {name: re.findall(r"\d[\d.]*(?:e-\d+)?", default) for name, default in rows}
+    defaults = dict(rows)
     options = {action.option_strings[0] for action in train.make_parser()._actions}
-    assert set(table) == options - {"-h"}
+    assert set(defaults) == options - {"-h"}
     for recipe, dataset_name, optimizer in train.RECIPES:
         given = {"recipe": recipe, "dataset": dataset_name, "optimizer": optimizer}
         config = train.new_config(given)
-        for name, value in config.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                assert value in map(float, table[train.as_option(name)]), name
+        for name in config.keys() - given.keys():
+            value, default = config[name], defaults[train.as_option(name)]
+            if isinstance(value, bool):
+                assert default == ("on" if value else "off"), name
+            elif isinstance(value, int | float):
+                assert value in map(float, re.findall(r"\d[\d.]*(?:e-\d+)?", default)), name
+            else:
+                assert f"`{value}`" in default, name
