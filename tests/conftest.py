@@ -21,10 +21,10 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With pytest -n --dist loadgroup one process takes all tests of what is trained once."""
+    """With pytest -n --dist loadgroup one process takes all tests of the run trained once."""
     for item in items:
-        for trained in {"trained_run", "whole", "stopped"} & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group(trained))
+        if "trained_run" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("trained_run"))
 
 
 @pytest.fixture(autouse=True)
