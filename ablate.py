@@ -20,6 +20,7 @@ from dataset import DATASETS, DEFAULT_DATA_DIR
 from parallel import Processes
 from utils import (
     DAMAGE_ERRORS,
+    UNFINISHED,
     OneLineParser,
     StopRequest,
     UserError,
@@ -33,7 +34,8 @@ from utils import (
 class Switch(NamedTuple):
     """What to change in the base, the name of the idea behind it, and what its source says.
 
-    The settings take away an idea of the paper, or add one that came later.
+    The settings take away an idea of the paper, or add one that came later; lr_times is a multiple
+    of the recipe's learning rate.
     """
 
     settings: dict
@@ -81,12 +83,12 @@ WITHOUT = {
 }
 WITH = {
     "one-cycle": Switch({"warm_up": 0.3}, "one cycle", "Smith 2018, arXiv 1803.09820"),
-    "rate-0.02": Switch({"lr": 0.02}, "learning rate 0.02", ""),
-    "rate-0.04": Switch({"lr": 0.04}, "learning rate 0.04", ""),
+    "half-rate": Switch({"lr_times": 0.5}, "half the learning rate", ""),
+    "double-rate": Switch({"lr_times": 2}, "twice the learning rate", ""),
     "nesterov": Switch({"nesterov": True}, "Nesterov momentum", "Sutskever et al. 2013, ICML"),
     "adamw": Switch({"optimizer": "adamw"}, "AdamW", "Loshchilov and Hutter 2019,\n1711.05101"),
     "decay-0.001": Switch({"weight_decay": 1e-3}, "weight decay 0.001", ""),
-    "batch-256": Switch({"batch_size": 256, "lr": 0.02}, "batch of 256, rate 0.02", ""),
+    "batch-256": Switch({"batch_size": 256, "lr_times": 2}, "batch of 256,\ntwice the rate", ""),
     "smoothing": Switch(
         {"label_smoothing": 0.1}, "label smoothing 0.1", "Szegedy et al. 2016, 1512.00567, §7"
     ),
@@ -138,7 +140,12 @@ def run_settings(args: argparse.Namespace, name: str, seed: int) -> dict:
     }
     if args.train_images:
         settings["train_images"] = args.train_images
-    return settings if name == BASE else {**settings, **IDEAS[args.ideas][name].settings}
+    if name == BASE:
+        return settings
+    changed = dict(IDEAS[args.ideas][name].settings)
+    if "lr_times" in changed:
+        changed["lr"] = train.new_config(settings)["lr"] * changed.pop("lr_times")
+    return {**settings, **changed}
 
 
 def train_run(run_dir: Path, settings: dict, stop: StopRequest) -> None:
@@ -183,10 +190,10 @@ def claim_folder(folder: Path, settings: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
-    found = {entry.name for entry in folder.iterdir()}
+    found = {entry.name for entry in folder.iterdir() if not entry.name.startswith(UNFINISHED)}
     if found and path.name not in found:
         raise UserError(f"--output-dir {folder} is not empty; name another folder")
-    if len(found) > 1 and settings != read_settings(path):
+    if len(found) > 1 and settings != read_settings(path, settings):
         raise UserError(
             f"--output-dir {folder} holds an ablation with other settings ({path}); "
             "repeat those or name another folder"
@@ -195,10 +202,11 @@ def claim_folder(folder: Path, settings: dict) -> None:
         temporary.write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def read_settings(path: Path) -> dict:
-    """What the runs of an ablation have in common, if it can be read."""
+def read_settings(path: Path, settings: dict) -> dict:
+    """What the runs of an ablation have in common, if it can be read; settings are those now."""
     try:
-        return {"ideas": "paper", **json.loads(path.read_text())}  # once there were no others
+        found = json.loads(path.read_text())
+        return {"ideas": "paper", "base": settings["base"], **found}  # once these were not noted
     except (OSError, *DAMAGE_ERRORS):
         return {}
 
@@ -345,8 +353,11 @@ def parse_arguments() -> argparse.Namespace:
         known = ", ".join(IDEAS[args.ideas])
         raise UserError(f"--only {unknown.pop()} is none of the ideas: {known}")
     args.recipe = args.recipe or args.ideas
-    for name in names(args):  # an idea may not fit the recipe
-        train.new_config(run_settings(args, name, 0))
+    for name in names(args):
+        try:
+            train.new_config(run_settings(args, name, 0))
+        except UserError as error:
+            raise UserError(f"{name} does not fit: {error}; choose others with --only") from None
     return args
 
 
@@ -356,6 +367,8 @@ def main() -> int:
         raise UserError("ablate.py trains with one process; start it with python, not torchrun")
     keep_freed_memory()
     common = {name: getattr(args, name) for name in COMMON}
+    base = train.new_config(run_settings(args, BASE, 0))  # a recipe may change
+    common["base"] = {name: base[name] for name in base.keys() - {"data_dir", "seed"}}
     claim_folder(args.output_dir, common)
     stop = StopRequest()
     # Seed by seed, so that a comparison of everything comes early.

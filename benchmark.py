@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd import DeviceType, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -574,13 +575,14 @@ def measure_operations(precision: str, batch_size: int, device: torch.device) ->
             "calls": event.count // PROFILED_STEPS,
         }
         for event in profiler.key_averages()
+        if event.device_type == DeviceType.CPU  # a GPU's kernels are counted by what called them
     ]
     return sorted(rows, key=lambda row: -row["milliseconds"])
 
 
 def print_operations(rows: list[dict], batch_size: int) -> None:
     """The profiler's operations, the slowest first."""
-    total = sum(row["milliseconds"] for row in rows)
+    total = sum(row["milliseconds"] for row in rows) or 1.0  # a profiler may see nothing
     print(f"\nby operation: {total:,.4g} ms, training step at batch {batch_size} in the profiler")
     for row in rows[:OPERATIONS_SHOWN]:
         share = row["milliseconds"] / total
@@ -694,6 +696,10 @@ def main() -> None:
     if "operations" in args.parts:
         operations = measure_operations(precision, max(args.batch_sizes), device)
 
+    if args.json:  # first of all: it took minutes
+        content = {"environment": about, "rows": rows, "operations": operations, "growth": growth}
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
     if rows:
         print_table(rows)
         if share := augmentation_share(rows):
@@ -702,10 +708,6 @@ def main() -> None:
         print_operations(operations, max(args.batch_sizes))
     if growth:
         print_growth(growth)
-    if args.json:
-        content = {"environment": about, "rows": rows, "operations": operations, "growth": growth}
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
     if args.figure and rows:
         figures.save_figure(figures.speed(rows, about["device"]), args.figure)
     if args.growth_figure and growth:

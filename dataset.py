@@ -342,7 +342,7 @@ class Augmentation:
     rotation: turn it by up to this many degrees, either way.
     zoom: enlarge or reduce it by up to this factor, at least 1.
     cutout: hide a square of so many of its pixels a side, centred anywhere, by the mean colour
-        (DeVries and Taylor 2017, arXiv 1708.04552).
+        (DeVries and Taylor 2017, arXiv 1708.04552, who hide 16x16 pixels of CIFAR-10's).
     crop: cut a 227x227 window out of the image enlarged to 256x256, instead of a shift.
     colours: [3, 3], the principal components that colour noise is made of, or None for no noise.
     divisor: of the image without its mean and with its noise, which the 2012 source divides by

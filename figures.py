@@ -5,6 +5,7 @@ As a script it lays learning curves over each other: python figures.py runs/a ru
 
 import argparse
 import csv
+import logging
 import math
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from utils import OneLineParser, UserError, atomic_write, output_file, run_script
+
+# It logs where it keeps its list of fonts, if the home folder cannot be written to.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 BLUE, ORANGE = "#0072B2", "#D55E00"

@@ -68,6 +68,7 @@ def by_experiment(runs: list[dict]) -> list[list[dict]]:
     for run in runs:
         settings = {**BEFORE, **run["settings"]}  # a run may be older than an option
         key = {name: value for name, value in settings.items() if name not in NOT_COMPARED}
+        key["hardware"] = run["device"]
         groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
     return list(groups.values())
 
@@ -111,8 +112,8 @@ def results_table() -> str:
                 percent([test["accuracy"] for test in ten]) if ten else "",
                 percent(errors) if errors else "",
                 f"{statistics.mean(test['loss'] for test in tests):.3f}",
-                f"{statistics.mean(run['minutes'] for run in group):.0f} min",
-                group[0]["device"].removesuffix(", 2 threads"),
+                f"{statistics.mean(run['minutes'] for run in group):.3g} min",
+                group[0]["device"],
             ]
         )
     header = "command, seeds, validation, test, ten views, calibration error, test loss, training, "
@@ -129,16 +130,16 @@ def time_table() -> str:
     rows = []
     for run in sorted(runs, key=lambda run: -best_validation(run)):
         minutes = [minutes_until(run, mark) for mark in reached]
-        times = ["" if each is None else f"{each:.0f} min" for each in minutes]
-        rows.append([f"`{run['command']}`", *times])
-    return markdown(["", *(f"{mark:.0%}" for mark in reached)], rows)
+        times = ["" if each is None else f"{each:.3g} min" for each in minutes]
+        rows.append([f"`{run['command']}`", run["device"], *times])
+    return markdown(["", "hardware", *(f"{mark:.0%}" for mark in reached)], rows)
 
 
 def minutes_until(run: dict, mark: float) -> float | None:
     """Minutes of training until the first epoch with a validation accuracy of mark (0..1)."""
     seconds = 0.0
     for row, time in zip(
-        run["epochs"], read_csv(RESULTS / run["folder"] / "timing.csv"), strict=True
+        run["epochs"], read_csv(RESULTS / run["folder"] / "timing.csv"), strict=False
     ):
         seconds += float(time["seconds"])
         if float(row["val_accuracy"]) >= mark:

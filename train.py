@@ -145,7 +145,7 @@ DEFAULTS = {
 }
 # What runs did before an option existed, whatever the recipes have now.
 BEFORE = {**DEFAULTS, **FIRST, "nesterov": False}
-MIXES = {  # of two images and their labels, with the papers' parameters for CIFAR-10
+MIXES = {  # pairs of images and their labels in every batch, with the papers' alpha for CIFAR-10
     "none": None,
     "mixup": functools.partial(v2.MixUp, alpha=1.0),  # Zhang et al. 2018, arXiv 1710.09412
     "cutmix": functools.partial(v2.CutMix, alpha=1.0),  # Yun et al. 2019, arXiv 1905.04899
@@ -169,7 +169,8 @@ CHANGEABLE = (
 def learning_rate(step: int, total_steps: int, peak: float, warm_up: float) -> float:
     """Rises linearly to peak over a share warm_up of the steps, then falls to 0 as a half cosine.
 
-    With a warm-up of 0.3 it is one cycle (Smith 2018, arXiv 1803.09820).
+    With a warm-up of 0.3 it is one cycle (Smith 2018, arXiv 1803.09820), but for the momentum,
+    which stays.
     """
     warm_up_steps = max(1, round(warm_up * total_steps))
     if step < warm_up_steps:
@@ -344,11 +345,16 @@ def new_config(given: dict) -> dict:
     config = {**recipe, **config}
     if config["schedule"] == "plateau" and config["warm_up"] != recipe["warm_up"]:
         raise UserError("--warm-up is for --schedule cosine; leave it out")
+    check_config(config)
+    return config
+
+
+def check_config(config: dict) -> None:
+    """Raises UserError for settings that do not go together."""
     if config["train_split"] == "full" and config["schedule"] == "plateau":
         raise UserError("--schedule plateau watches the validation images; use --train-split train")
     if config.get("nesterov") and not config["momentum"]:
         raise UserError("--nesterov needs a --momentum above 0")
-    return config
 
 
 def run_name(config: dict) -> str:
@@ -407,9 +413,7 @@ def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
         if record["settings"].keys() & {"resume", "output_dir", "help"}:
             raise ValueError("it has more than settings")
         settings = vars(make_parser().parse_args(as_command_line(record["settings"])))
-        for name in new_config(settings).keys() - settings.keys():
-            settings[name] = BEFORE[name]
-        config = new_config(settings)
+        config = recorded_config(settings)
         # The first version of this program noted one start only.
         starts = list(record["starts"]) if "starts" in record else [record["environment"]]
     except FileNotFoundError:
@@ -427,6 +431,25 @@ def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
     # Where a run of someone else had its data, nothing is to be downloaded to.
     config["data_dir"] = str(data_dir_of(config))
     return {**config, **given}, starts
+
+
+def recorded_config(settings: dict) -> dict:
+    """Every setting of a run that recorded these; what was no option then, it did as BEFORE says.
+
+    Recipes are not asked: they may have changed since. Raises KeyError if one is missing that every
+    run recorded, UserError for settings that do not go together.
+    """
+    config = {**BEFORE, **settings}
+    always = ["optimizer", "epochs", "lr", "weight_decay"]
+    if config["optimizer"] == "sgd":
+        always.append("momentum")
+    else:
+        del config["nesterov"]
+    missing = [name for name in always if name not in config]
+    if missing:
+        raise KeyError(missing[0])
+    check_config(config)
+    return config
 
 
 def as_option(name: str) -> str:
@@ -675,13 +698,14 @@ def check_progress(content: dict, steps_per_epoch: int, validated: bool) -> None
         raise ValueError("it has no such step")
     if len(progress["history"]) != epoch:
         raise ValueError(f"its history is not one of {epoch!a:.40} epochs")
-    missing = {"peak_memory_mib": None}  # unknown on some systems
-    if not validated:
-        missing |= {"val_loss": None, "val_accuracy": None}
     numbers = [progress["seconds"]]
     for row in progress["history"]:
-        for name in (*METRICS, *TIMING):
-            numbers += [] if name in missing and row[name] is None else [row[name]]
+        validation = [row["val_loss"], row["val_accuracy"]]
+        if not validated and validation != [None, None]:
+            raise ValueError("its history has validations, and the run has none")
+        numbers += validation if validated else []
+        numbers += [row[name] for name in (*METRICS[:-2], *TIMING[:-1])]
+        numbers += [row["peak_memory_mib"] or 0]  # unknown on some systems
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
         raise ValueError("its history is not made of numbers")
 
@@ -816,6 +840,8 @@ def finish_epoch(run: Run) -> None:
     val_loss, val_accuracy = validate(run) if run.val else (None, None)
     if run.val and not math.isfinite(val_loss):
         raise run.diverged(f"the validation loss became {val_loss}", run.step)
+    if not run.val and not run.is_finite():
+        raise run.diverged("a weight became NaN or infinite", run.step)
     train_loss, train_accuracy = running_metrics(run)
     last_rate = rate_now(run, (run.epoch + 1) * run.steps_per_epoch - 1)
     best_before = max((row["val_accuracy"] or 0 for row in run.history), default=-1.0)
@@ -833,8 +859,6 @@ def finish_epoch(run: Run) -> None:
         "peak_memory_mib": peak_memory_mib(run.device),
     }
     run.history.append(row)
-    if not run.val and not run.is_finite():
-        raise run.diverged("a weight became NaN or infinite", run.step)
     if run.is_first and (not run.val or val_accuracy > best_before):
         run.keep_best()
     run.step, run.seconds = 0, 0.0

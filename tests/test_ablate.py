@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,9 +91,11 @@ def test_ablation_from_before_there_were_later_ideas_goes_on(ablation):
     assert ablation("--seeds", 1, "--epochs", 1) == 0
     path = Path("out/ablation.json")
     settings = json.loads(path.read_text())
-    del settings["ideas"]
+    del settings["ideas"], settings["base"]
     path.write_text(json.dumps(settings))
     assert ablation("--seeds", 1, "--epochs", 1) == 0
+    path.write_text(json.dumps({**settings, "base": {"lr": 0.5}}))  # when the recipe was another
+    assert ablation("--seeds", 1, "--epochs", 1) == 2
     path.write_text("{")
     assert ablation("--seeds", 1, "--epochs", 1) == 2
 
@@ -155,9 +158,19 @@ def test_differences_are_paired_by_seed(ideas, name, sign):
 )
 def test_each_switch_changes_a_setting_of_the_base(recipe, switch):
     base = train.new_config({"recipe": recipe})
-    assert all(base[option] != value for option, value in switch.settings.items())
-    options = train.make_parser().parse_args(train.as_command_line(switch.settings))
+    settings = {option: value for option, value in switch.settings.items() if option != "lr_times"}
+    assert all(base[option] != value for option, value in settings.items())
+    options = train.make_parser().parse_args(train.as_command_line(settings))
     train.new_config(vars(options))
+
+
+def test_rates_are_multiples_of_the_recipes():
+    args = SimpleNamespace(ideas="modern", recipe="modern", dataset="cifar10", data_dir="data")
+    args.epochs, args.train_images = 1, None
+    rates = {name: ablate.run_settings(args, name, 0).get("lr") for name in ablate.WITH}
+    assert rates["half-rate"] == train.new_config({})["lr"] / 2
+    assert rates["double-rate"] == rates["batch-256"] == train.new_config({})["lr"] * 2
+    assert rates["mixup"] is None
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_killed_run_loses_nothing_that_it_had_saved(tiny, monkeypatch, is_long):
             arguments = ["--resume", str(run)] if known else [*options, "--output-dir", str(run)]
             child = forks.Process(target=tiny_train.main_in_folder, args=(Path.cwd(), arguments))
             child.start()
-            child.join(draw.uniform(0.5, 4 * epochs))
+            child.join(draw.uniform(0.5, 4 * epochs) if kills < wanted else 240)
             if not child.is_alive():
                 break
             child.kill()
