@@ -9,7 +9,6 @@ its checkpoints, which would be 700 MB each.
 
 import argparse
 import contextlib
-import csv
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,9 @@ from utils import (
     atomic_write,
     keep_freed_memory,
     positive_int,
+    read_csv,
     run_script,
+    write_csv,
 )
 
 
@@ -172,14 +173,6 @@ def outcome(run_dir: Path, epochs: int) -> str:
     return "finished" if len(read_csv(run_dir / "metrics.csv")) == epochs else ""
 
 
-def read_csv(path: Path) -> list[dict]:
-    """The rows of a CSV file, none if it is not there."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def claim_folder(folder: Path, settings: dict) -> None:
     """Makes the folder and notes what its runs have in common.
 
@@ -260,13 +253,7 @@ def report(args: argparse.Namespace) -> None:
         ("ablation.csv", RESULTS, results),
         ("epochs.csv", EPOCHS, epochs),
     ):
-        with (
-            atomic_write(args.output_dir / name) as temporary,
-            open(temporary, "w", newline="") as file,
-        ):
-            writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.output_dir / name, columns, rows)
     ideas = compare(results, args.ideas)
     if ideas:
         source = {"paper": "the paper says", "modern": "source"}[args.ideas]

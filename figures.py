@@ -4,7 +4,6 @@ As a script it lays learning curves over each other: python figures.py runs/a ru
 """
 
 import argparse
-import csv
 import logging
 import math
 from pathlib import Path
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from utils import OneLineParser, UserError, atomic_write, output_file, run_script
+from utils import OneLineParser, UserError, atomic_write, output_file, read_csv, run_script
 
 # It logs where it keeps its list of fonts, if the home folder cannot be written to.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -445,7 +444,7 @@ def read_history(run_dir: Path) -> list[dict]:
     try:
         history, seconds = [], 0.0
         for row, time in zip(
-            read_table(run_dir / "metrics.csv"), read_table(run_dir / "timing.csv"), strict=True
+            read_csv(run_dir / "metrics.csv"), read_csv(run_dir / "timing.csv"), strict=True
         ):
             seconds += float(time["seconds"])
             numbers = {name: float(row[name]) for name in ("epoch", "val_loss", "val_accuracy")}
@@ -455,12 +454,6 @@ def read_history(run_dir: Path) -> list[dict]:
     except (OSError, UnicodeDecodeError, LookupError, ValueError, TypeError):
         pass
     raise UserError(f"{run_dir} has no validated epochs; name the folders of runs of train.py")
-
-
-def read_table(path: Path) -> list[dict]:
-    """The rows of a CSV file as text."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def parse_arguments() -> argparse.Namespace:

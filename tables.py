@@ -3,7 +3,6 @@
 A table stands between the lines <!-- table NAME --> and <!-- end -->, NAME being one of TABLES.
 """
 
-import csv
 import json
 import re
 import statistics
@@ -11,20 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from train import BEFORE
-from utils import OneLineParser, UserError, atomic_write, run_script
+from utils import OneLineParser, UserError, atomic_write, read_csv, run_script
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.S)
 NOT_COMPARED = ("data_dir", "device", "save_every", "seed", "tensorboard")
-
-
-def read_csv(path: Path) -> list[dict]:
-    """The rows of a CSV file, none if it is not there."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

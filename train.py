@@ -9,7 +9,6 @@ needs) and best.pt (the best on the validation split, all that evaluate.py needs
 import argparse
 import contextlib
 import copy
-import csv
 import functools
 import importlib
 import json
@@ -72,6 +71,7 @@ from utils import (
     save_checkpoint,
     say,
     select_precision,
+    write_csv,
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -671,13 +671,7 @@ class Run:
         TensorBoard, if asked for, gets the last.
         """
         for name, columns in (("metrics.csv", METRICS), ("timing.csv", TIMING)):
-            with (
-                atomic_write(self.dir / name) as temporary,
-                open(temporary, "w", newline="") as file,
-            ):
-                writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(self.history)
+            write_csv(self.dir / name, columns, self.history)
         curves = figures.learning_curves(self.history, run_name(self.config))
         figures.save_figure(curves, self.dir / "curves.png")
         if self.tensorboard:
