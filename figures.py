@@ -9,14 +9,14 @@ import math
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from utils import OneLineParser, UserError, atomic_write, output_file, read_csv, run_script
 
-# It logs where it keeps its list of fonts, if the home folder cannot be written to.
+# Its import logs two lines if the home folder cannot be written to.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 BLUE, ORANGE = "#0072B2", "#D55E00"
