@@ -28,7 +28,7 @@ from dataset import (
     plain_batches,
     view_maps,
 )
-from model import CHOICES, IMAGE_SIZE, AlexNet
+from model import CHOICES, IMAGE_SIZE, INITS, AlexNet
 from parallel import Processes
 from utils import (
     DAMAGE_ERRORS,
@@ -266,8 +266,12 @@ def draw_figures(
     split: Split,
     logits: Tensor,
     summary: dict,
+    first: AlexNet | None = None,
 ) -> dict[str, figures.Figure]:
-    """All figures of a trained network by name; split is the one that logits are of."""
+    """All figures of a trained network by name.
+
+    split is the one that logits are of; first is the network before training, if it is known.
+    """
     what = f"{len(split.labels):,} images, {summary['accuracy']:.1%} right"
     classes = dataset.classes
     probabilities = logits.softmax(1)
@@ -286,9 +290,20 @@ def draw_figures(
         ),
         "feature-maps": draw_feature_maps(network, preprocessing, split.images[some[0]]),
     }
+    if first:
+        learned = network.conv1.weight.detach().cpu() - first.conv1.weight.detach()
+        drawn["learned-filters"] = figures.filters(learned.numpy())
     if len(mistakes):
         drawn["mistakes"] = draw_predictions(split, probabilities, classes, mistakes)
     return drawn
+
+
+def first_network(checkpoint: dict) -> AlexNet | None:
+    """The network that the checkpoint's training began with, drawn anew; None if it is not told."""
+    seed, init = checkpoint["training"].get("seed"), checkpoint["training"].get("init", "he")
+    if type(seed) is not int or not 0 <= seed < 2**63 or init not in INITS:
+        return None
+    return AlexNet.first(seed, init, **checkpoint["model"])
 
 
 def one_of_each_class(labels: Tensor, count: int) -> Tensor:
@@ -492,7 +507,10 @@ def main() -> None:
     figures.save_figure(figures.confusion_matrix(matrix, checkpoint["classes"], title), picture)
     print(f"\nwrote {picture}")
     if args.figures:
-        drawn = draw_figures(network, preprocessing, precision, dataset, split, logits, summary)
+        first = first_network(checkpoint)
+        drawn = draw_figures(
+            network, preprocessing, precision, dataset, split, logits, summary, first
+        )
         for name, figure in drawn.items():
             path = args.checkpoint.with_name(f"{args.checkpoint.stem}-{name}-{args.split}.png")
             figures.save_figure(figure, path)

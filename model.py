@@ -247,6 +247,18 @@ class AlexNet(nn.Module):
         self.fc8 = nn.Linear(4096, num_classes)
         self.reset_parameters()
 
+    @classmethod
+    def first(cls, seed: int, init: str = "he", **settings) -> "AlexNet":
+        """The network with the first weights that this seed draws, the same at every call.
+
+        init is that of reset_parameters(), settings are those of AlexNet().
+        """
+        torch.manual_seed(seed)
+        network = cls(**settings)
+        if init != "he":
+            network.reset_parameters(init)
+        return network
+
     def reset_parameters(self, init: str = "he") -> None:
         """Draws all weights anew from normal distributions of mean 0, and sets the biases.
 

@@ -248,11 +248,7 @@ def update_average(average: AlexNet, network: AlexNet, decay: float, step: int) 
 def make_network(config: dict, num_classes: int) -> AlexNet:
     """The network with a run's switches and first weights."""
     switches = {name: config[name] for name in ("dropout", *CHOICES)}
-    torch.manual_seed(config["seed"])
-    network = AlexNet(num_classes, **switches)
-    if config["init"] != "he":
-        network.reset_parameters(config["init"])
-    return network
+    return AlexNet.first(config["seed"], config["init"], num_classes=num_classes, **switches)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,8 +15,16 @@ from torch import nn
 
 import dataset
 import evaluate
+import train
 from dataset import Preprocessing, Split, draw_shapes
-from evaluate import load_network, predict, predict_ten_views, summarise, wilson_interval
+from evaluate import (
+    first_network,
+    load_network,
+    predict,
+    predict_ten_views,
+    summarise,
+    wilson_interval,
+)
 from model import AlexNet
 from utils import FORMAT, FORMAT_VERSION, UserError, run_script, save_checkpoint
 
@@ -90,6 +98,23 @@ def test_neighbours_have_the_nearest_features(monkeypatch):
     figure = evaluate.draw_neighbours(None, None, "fp32", data, query)
     drawn = [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes]
     assert drawn == [51, 50, 54, 47, 56, 90, 10]
+
+
+@pytest.mark.parametrize("init", ["he", "2012"])
+def test_first_network_is_the_one_that_training_began_with(init):
+    config = train.new_config({"seed": 7, "init": init, "groups": 2})
+    began = train.make_network(config, 10)
+    checkpoint = {"training": config, "model": began.config}
+    assert torch.equal(first_network(checkpoint).conv1.weight, began.conv1.weight)
+    assert not torch.equal(AlexNet.first(8, init).conv1.weight, began.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", -1), ("seed", 2**64), ("seed", "0"), ("init", "x")]
+)
+def test_first_network_that_is_not_told(name, value):
+    checkpoint = {"training": {"seed": 0, name: value}, "model": {"num_classes": 10}}
+    assert first_network(checkpoint) is None
 
 
 def test_summary_of_a_case_counted_by_hand():
