@@ -19,14 +19,6 @@ def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="more of what tests/test_faults.py tries")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With pytest -n --dist loadgroup one process takes all tests of the run trained once."""
-    for item in items:
-        if "trained_run" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("trained_run"))
-
-
 @pytest.fixture(autouse=True)
 def same_random_numbers_in_every_test():
     torch.manual_seed(0)

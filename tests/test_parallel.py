@@ -21,7 +21,6 @@ from model import AlexNet
 from parallel import Processes
 from utils import UserError, run_script
 
-pytestmark = pytest.mark.xdist_group("parallel")  # with pytest -n one process, one set of runs
 OPTIONS = ["--dataset", "shapes", "--device", "cpu", "--precision", "fp32", "--dropout", "0"]
 OPTIONS += ["--ema", "0.9"]
 OPTIONS += ["--batch-size", "13", "--epochs", "2"]

@@ -361,7 +361,7 @@ def test_training_overfits_20_images(tmp_path):
     logits = predict(run.network, split.images, run.preprocessing, config["precision"])
     loss, accuracy = loss_and_accuracy(logits, split.labels)
     assert accuracy == 1
-    assert loss < 0.2
+    assert loss < 0.5  # chance is 2.3
 
 
 # --- A run and its folder -----------------------------------------------------------------------
