@@ -435,7 +435,8 @@ def recorded_config(settings: dict) -> dict:
     Recipes are not asked: they may have changed since. Raises KeyError if one is missing that every
     run recorded, UserError for settings that do not go together.
     """
-    config = {**BEFORE, **settings}
+    # In the record's order, so that a resumed run's files are the same to the byte.
+    config = settings | {name: BEFORE[name] for name in BEFORE if name not in settings}
     always = ["optimizer", "epochs", "lr", "weight_decay"]
     if config["optimizer"] == "sgd":
         always.append("momentum")

@@ -1,11 +1,14 @@
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from tiny_train import SHAPES_PER_CLASS
 
 import dataset
@@ -46,10 +49,17 @@ def run_python(*arguments, cwd, **settings):
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory):
     """The folder and the output of one epoch of `python train.py --dataset shapes`."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = run_python("train.py", "--dataset", "shapes", "--epochs", "1", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: one for all processes
+        folder = folder.parent
+    folder, output = folder / "trained", folder / "trained.json"
+    with FileLock(f"{folder}.lock"):
+        if not output.exists():
+            folder.mkdir()
+            done = run_python("train.py", "--dataset", "shapes", "--epochs", "1", cwd=folder)
+            assert done.returncode == 0, done.stderr
+            output.write_text(json.dumps({"stdout": done.stdout, "stderr": done.stderr}))
+    return folder, SimpleNamespace(**json.loads(output.read_text()))
 
 
 def same(a, b):
