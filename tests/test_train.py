@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import csv
 import json
@@ -85,6 +86,37 @@ def test_warm_up_of_three_tenths_is_one_cycle():
 )
 def test_plateau_divides_the_rate_by_ten(accuracies, divisions):
     assert train.plateau_rate(accuracies, 0.01) == pytest.approx(0.01 * 0.1**divisions)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"optimizer": "sgd"},
+        {"optimizer": "adamw", "ema": 0.99, "mix": "cutmix", "label_smoothing": 0.1},
+        {"optimizer": "adam", "mix": "mixup", "augmentation": "strong"},
+        {"recipe": "paper"},
+    ],
+)
+def test_step_waits_for_no_value(given, monkeypatch):
+    """On the device "meta", which has shapes and no values: reading one, as .item() does, fails.
+
+    On a GPU such a read would wait until all work before it is done.
+    """
+    monkeypatch.setattr(train, "autocast", lambda *_: contextlib.nullcontext())  # none for meta
+    config = train.new_config({"dataset": "shapes", "precision": "fp32", **given})
+    run = train.Run(Path("run"), config, dataset.draw_shapes(), torch.device("meta"), Processes())
+    for group in run.optimizer.param_groups:
+        group["fused"] = False  # not for meta either
+    arguments = run.train, run.preprocessing, run.augmentation, config["batch_size"], 0, 0
+    for images, labels in training_batches(*arguments):
+        loss, correct = train.train_step(run, images, labels)
+        run.losses[run.step] = loss
+        run.correct += correct
+        run.step += 1
+    assert run.step == 1500 // 32 + 1
+    assert run.losses.is_meta
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        run.check_losses()  # what is done once a second
 
 
 # --- The paper's recipe -------------------------------------------------------------------------
