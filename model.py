@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IMAGE_SIZE = 227  # the paper prints 224, but 55 positions of an 11x11 filter at stride 4 need 227
+# 55 positions of an 11x11 filter at stride 4. The paper and the 2012 source have 224, of which the
+# source makes 55 by rounding up (layer.py, modulesX); PyTorch rounds down.
+IMAGE_SIZE = 227
 INITS = ("he", "2012", "as-printed")
 # The paper's ideas and what it compares each with; the network of 2012 has the first of each, and
 # had two groups.

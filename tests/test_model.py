@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT
 from torch import nn
 
@@ -458,6 +459,23 @@ def test_summary_has_the_papers_sizes(settings, parameters, products):
         "256 x 6 x 6",
         "4096",
     )
+
+
+def test_torchvision_has_another_network():
+    with torch.device("meta"):
+        ours, theirs = AlexNet(num_classes=1000), torchvision.models.alexnet()
+    assert filters_and_parameters(ours) == ([96, 256, 384, 384, 256], 62_378_344)
+    assert filters_and_parameters(theirs) == ([64, 192, 384, 256, 256], 61_100_840)
+    assert not any("Norm" in type(layer).__name__ for layer in theirs.modules())
+    first = theirs.features[0]
+    assert (first.kernel_size, first.stride, first.padding) == ((11, 11), (4, 4), (2, 2))
+    kinds = [type(layer).__name__ for layer in theirs.classifier]
+    assert kinds == ["Dropout", "Linear", "ReLU", "Dropout", "Linear", "ReLU", "Linear"]
+
+
+def filters_and_parameters(network):
+    filters = [layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    return filters, sum(parameter.numel() for parameter in network.parameters())
 
 
 def test_features_are_what_the_last_layer_sees():
