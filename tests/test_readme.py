@@ -1,6 +1,7 @@
-"""The commands and programs of README.md and docs/training.md, run in the order of the page."""
+"""The commands and programs of README.md and of two pages of docs, run in the order of the page."""
 
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -15,10 +16,13 @@ from tiny_train import SHAPES_PER_CLASS
 import dataset
 import evaluate
 import train
+from model import AlexNet
 from utils import run_script
 
 README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
+READING = (ROOT / "docs" / "reading.md").read_text()
+PAGES = (README, TRAINING, READING)
 
 
 def blocks(page, language):
@@ -56,7 +60,7 @@ def run(monkeypatch, script, *arguments):
 
 def test_commands(folder, monkeypatch, capsys):
     done = []
-    for launcher, *arguments in [*commands(README), *commands(TRAINING)]:
+    for launcher, *arguments in [command for page in PAGES for command in commands(page)]:
         if launcher == "python" and arguments[0] != "-m":
             assert run(monkeypatch, *arguments) == 0, (arguments, capsys.readouterr().err)
             done.append(arguments[0])
@@ -70,6 +74,28 @@ def test_commands(folder, monkeypatch, capsys):
             }
     assert {"train.py", "evaluate.py", "predict.py", "figures.py"} <= set(done)
     assert (folder / "predictions.png").exists()
+
+
+def test_network_of_the_page():
+    [table] = blocks(README, "text")
+    with torch.device("meta"):
+        assert table == AlexNet().summary() + "\n"
+
+
+def test_exercises(capsys):
+    """54 and 55 positions; LRN halves all, roughly, and the neighbours of the strong one more.
+
+    2^-0.75 is 0.59, and (2 + 1000^2 * 1e-4 / 5)^-0.75 is 0.098.
+    """
+    names = {}
+    for program in blocks(READING, "python"):
+        exec(program, names)
+    printed = capsys.readouterr().out
+    assert "54, 54" in printed
+    assert "55, 55" in printed
+    strong, small = re.findall(r"tensor\((\[.*?\])\)", printed, re.S)
+    assert json.loads(strong) == pytest.approx([0.59] * 2 + [0.098] * 5 + [0.59] * 2, abs=5e-3)
+    assert json.loads(small) == pytest.approx([0.594] * 9, abs=1e-3)
 
 
 def test_programs(folder, monkeypatch):
