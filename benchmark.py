@@ -9,7 +9,6 @@ not change the work.
 
 import argparse
 import contextlib
-import json
 import math
 import multiprocessing
 import os
@@ -39,7 +38,6 @@ from train import Run, new_config, train_step
 from utils import (
     OneLineParser,
     UserError,
-    atomic_write,
     autocast,
     compiled,
     environment,
@@ -50,6 +48,7 @@ from utils import (
     run_script,
     select_device,
     select_precision,
+    write_json,
 )
 
 PARTS = {
@@ -495,8 +494,10 @@ def comparison(
         images *= 40 if device.type == "cuda" else 2 if part == "loop" else 8
     if part in ("pipeline", "pipeline-1-core"):
         sides = [("here", "fp32")]
-    elif part not in ("step", "inference"):
+    elif part == "lrn":
         sides = [side for side in sides if side[0] == "here"]
+    elif part == "loop":
+        sides = [side for side in sides if side[0] != "product"]
     return [
         Case(
             part,
@@ -671,6 +672,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def save(results: dict, path: Path | None) -> None:
+    """Writes what there is so far: it took minutes, and what comes next may fail."""
+    if path:
+        write_json(path, results)
+
+
 def main() -> None:
     args = parse_arguments()
     device = select_device(args.device)
@@ -685,21 +692,21 @@ def main() -> None:
     comparisons = [
         comparison(part, batch_size, sides, device, workers)
         for part in args.parts
-        if part in PARTS
+        if part in PARTS and (part != "pipeline-1-core" or device.type == "cpu")
         for batch_size in args.batch_sizes
     ]
-    rows = []
+    rows, operations, growth = [], [], []
+    results = {"environment": about, "rows": rows, "operations": operations, "growth": growth}
     for cases in tqdm(comparisons, "comparisons", leave=False, disable=None):
         rows += measure(cases, args.rounds)
-    growth = measure_growth(precision, device) if "growth" in args.parts else []
-    operations = []
+        save(results, args.json)
+    if "growth" in args.parts:
+        growth += measure_growth(precision, device)
+        save(results, args.json)
     if "operations" in args.parts:
-        operations = measure_operations(precision, max(args.batch_sizes), device)
+        operations += measure_operations(precision, max(args.batch_sizes), device)
+        save(results, args.json)
 
-    if args.json:  # first of all: it took minutes
-        content = {"environment": about, "rows": rows, "operations": operations, "growth": growth}
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
     if rows:
         print_table(rows)
         if share := augmentation_share(rows):

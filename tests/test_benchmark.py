@@ -4,11 +4,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_python
+from conftest import identity_maps, run_python
 
 import benchmark
 from benchmark import Case, operations_per_image, row_of, textbook_network
-from dataset import Preprocessing, draw_shapes, identity_maps, resample
+from dataset import Preprocessing, draw_shapes, resample
 from model import AlexNet
 from utils import autocast, run_script
 
@@ -118,7 +118,7 @@ def test_speed_changes_no_training(shapes_batch):
 
 
 def test_script_measures_and_writes(tmp_path):
-    options = ["--parts", "lrn", "--batch-sizes", 1, "--rounds", 1]
+    options = ["--parts", "lrn", "--batch-sizes", 1, "--rounds", 1, "--device", "cpu"]
     options += ["--json", "b.json", "--figure", "b.png"]
     done = run_python("benchmark.py", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -154,7 +154,7 @@ def test_bad_command_is_one_line(monkeypatch, capsys, options):
 
 def test_side_without_memory_ends_in_one_line(tmp_path):
     """A process that fails must not leave the others waiting."""
-    options = ["--parts", "lrn", "--batch-sizes", 10**9, "--rounds", 1]
+    options = ["--parts", "lrn", "--batch-sizes", 10**9, "--rounds", 1, "--device", "cpu"]
     done = run_python("benchmark.py", *options, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
