@@ -29,6 +29,7 @@ from utils import (
     read_csv,
     run_script,
     write_csv,
+    write_json,
 )
 
 
@@ -191,8 +192,7 @@ def claim_folder(folder: Path, settings: dict) -> None:
             f"--output-dir {folder} holds an ablation with other settings ({path}); "
             "repeat those or name another folder"
         )
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    write_json(path, settings)
 
 
 def read_settings(path: Path, settings: dict) -> dict:

@@ -242,18 +242,21 @@ def _no_cifar10(data_dir: Path, error: Exception) -> str:
 # Shapes: ten classes drawn by this program
 # ---------------------------------------------------------------------------------------------
 
-SHAPES = [
-    "disc",
-    "ring",
-    "triangle",
-    "cross",
-    "stripes",
-    "checkerboard",
-    "dots",
-    "target",
-    "rays",
-    "ramp",
-]
+# The depth (above 0 inside) of a point at x, y and the distance r from the centre, in radii.
+SHAPES = {
+    "disc": lambda x, y, r: 0.75 - r,
+    "ring": lambda x, y, r: 0.2 - abs(r - 0.75),
+    "triangle": lambda x, y, r: 0.5 - np.maximum(y, abs(x) * 3**0.5 / 2 - y / 2),
+    "cross": lambda x, y, r: np.minimum(
+        0.25 - np.minimum(abs(x), abs(y)), 1 - np.maximum(abs(x), abs(y))
+    ),
+    "stripes": lambda x, y, r: np.sin(9 * x) / 9,
+    "checkerboard": lambda x, y, r: np.sin(4 * x) * np.sin(4 * y) / 4,
+    "dots": lambda x, y, r: (np.cos(8 * x) + np.cos(8 * y) - 0.8) / 8,
+    "target": lambda x, y, r: np.sin(10 * r) / 10,
+    "rays": lambda x, y, r: np.sin(8 * np.arctan2(y, x)) * r / 8,
+    "ramp": lambda x, y, r: x / 16,
+}
 SHAPES_PER_CLASS = {"train": 150, "val": 50, "test": 100}
 
 
@@ -297,31 +300,8 @@ def _random_coordinates(n: int, random: np.random.RandomState):
 
 
 def _coverage(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """How much of each pixel the shape covers, 0..1, with soft edges; x, y in units of radius."""
-    r = np.hypot(x, y)
-    if name == "disc":
-        inside = 0.75 - r
-    elif name == "ring":
-        inside = 0.2 - abs(r - 0.75)
-    elif name == "triangle":
-        inside = 0.5 - np.maximum(y, abs(x) * 3**0.5 / 2 - y / 2)
-    elif name == "cross":
-        inside = np.minimum(0.25 - np.minimum(abs(x), abs(y)), 1 - np.maximum(abs(x), abs(y)))
-    elif name == "stripes":
-        inside = np.sin(9 * x) / 9
-    elif name == "checkerboard":
-        inside = np.sin(4 * x) * np.sin(4 * y) / 4
-    elif name == "dots":
-        inside = (np.cos(8 * x) + np.cos(8 * y) - 0.8) / 8
-    elif name == "target":
-        inside = np.sin(10 * r) / 10
-    elif name == "rays":
-        inside = np.sin(8 * np.arctan2(y, x)) * r / 8
-    elif name == "ramp":
-        inside = x / 16
-    else:
-        raise ValueError(f"no shape is called {name}")
-    return np.clip(0.5 + 8 * inside, 0, 1)
+    """How much of each pixel the shape covers, 0..1, with soft edges."""
+    return np.clip(0.5 + 8 * SHAPES[name](x, y, np.hypot(x, y)), 0, 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -443,11 +423,6 @@ def resample(
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """[3, 1, 1] on the device; kept, because each copy to a GPU waits for it."""
     return torch.tensor(values, device=device).view(3, 1, 1)
-
-
-def identity_maps(n: int, device: torch.device | str = "cpu") -> Tensor:
-    """[n, 2, 3] maps of a plain resize."""
-    return torch.eye(2, 3, device=device).expand(n, 2, 3)
 
 
 def crop_maps(corners: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ The network, its preprocessing and its data set are rebuilt from the checkpoint 
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +33,6 @@ from utils import (
     DAMAGE_ERRORS,
     OneLineParser,
     UserError,
-    atomic_write,
     autocast,
     device_name,
     environment,
@@ -44,6 +42,7 @@ from utils import (
     run_script,
     select_device,
     select_precision,
+    write_json,
 )
 
 # The same in training and evaluation, so that both compute the same validation accuracy.
@@ -171,11 +170,17 @@ def predict_ten_views(
     Takes and returns what predict() does; as logits these give the mean's own probabilities.
     """
     views = view_maps()
-    total = None
-    for view in views:
-        ones = predict(network, images, preprocessing, precision, view).log_softmax(1)
-        total = ones if total is None else torch.logaddexp(total, ones)
-    return total - math.log(len(views))
+    logits = [predict(network, images, preprocessing, precision, view) for view in views]
+    return torch.stack(logits).log_softmax(2).logsumexp(0) - math.log(len(views))
+
+
+def likeliest(probabilities: Tensor, classes: list[str], count: int) -> list[dict]:
+    """The likeliest classes with their probabilities (0..1), most likely first."""
+    values, indices = probabilities.topk(min(count, len(classes)))
+    return [
+        {"class": classes[index], "probability": value}
+        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+    ]
 
 
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -204,18 +209,20 @@ def calibration(logits: Tensor, labels: Tensor) -> tuple[float, list[dict]]:
     correct = (predicted == labels.cpu()).double()
     edges = torch.linspace(0, 1, CALIBRATION_BINS + 1, dtype=torch.float64)
     index = torch.bucketize(confidence, edges[1:-1])
-    bins, error = [], 0.0
-    for number in range(CALIBRATION_BINS):
-        inside = index == number
-        images = int(inside.sum())
-        means = [
-            values[inside].mean().item() if images else None for values in (confidence, correct)
-        ]
-        low, high = edges[number].item(), edges[number + 1].item()
-        row = {"low": low, "high": high, "images": images}
-        bins.append({**row, "confidence": means[0], "accuracy": means[1]})
-        if images:
-            error += images / len(labels) * abs(means[0] - means[1])
+    count, sure, right = (
+        index.bincount(values, CALIBRATION_BINS).tolist() for values in (None, confidence, correct)
+    )
+    bins = [
+        {
+            "low": edges[i].item(),
+            "high": edges[i + 1].item(),
+            "images": n,
+            "confidence": sure[i] / n if n else None,
+            "accuracy": right[i] / n if n else None,
+        }
+        for i, n in enumerate(count)
+    ]
+    error = sum(abs(s - r) for s, r in zip(sure, right, strict=True)) / len(labels)
     return error, bins
 
 
@@ -327,13 +334,8 @@ def draw_predictions(
     for place in places.tolist():
         label = split.labels[place].item()
         captions.append(classes[label])
-        values, indices = probabilities[place].topk(min(5, len(classes)))
-        results.append(
-            [
-                {"class": classes[index], "probability": value, "right": index == label}
-                for value, index in zip(values.tolist(), indices.tolist(), strict=True)
-            ]
-        )
+        result = likeliest(probabilities[place], classes, 5)
+        results.append([item | {"right": item["class"] == classes[label]} for item in result])
     return figures.likeliest(list(split.images[places].cpu()), captions, results)
 
 
@@ -354,16 +356,13 @@ def draw_neighbours(
 def draw_feature_maps(
     network: AlexNet, preprocessing: Preprocessing, image: Tensor
 ) -> figures.Figure:
-    """What the five convolutions and the last pooling make of one image, uint8 [3, H, W]."""
+    """What the five convolutions make of one image, uint8 [3, H, W]."""
     maps = {}
-    layers = {
-        name: getattr(network, name) for name in ("conv1", "conv2", "conv3", "conv4", "conv5")
-    }
     hooks = [
-        layer.register_forward_hook(
+        getattr(network, name).register_forward_hook(
             lambda _, __, output, name=name: maps.update({name: network.activation(output)[0]})
         )
-        for name, layer in layers.items()
+        for name in ("conv1", "conv2", "conv3", "conv4", "conv5")
     ]
     predict(network, image[None], preprocessing, "fp32")
     for hook in hooks:
@@ -485,8 +484,7 @@ def main() -> None:
         views = {"ten_views": ten} if ten else {}
         where = {"training": training, "environment": environment(device)}
         record = {**about, **summary, **views, **where}
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(args.json, record)
 
     what = f"{DATASETS[training['dataset']]}, {args.split} split"
     print(f"{args.checkpoint}: AlexNet, {checkpoint['epoch']} of {training['epochs']} epochs")

@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
+from torchvision.utils import make_grid
 
 from utils import OneLineParser, UserError, atomic_write, output_file, read_csv, run_script
 
@@ -280,19 +282,12 @@ def filters(weights: np.ndarray) -> Figure:
     Args:
         weights: float [N, 3, h, w], drawn in rows of 16.
     """
-    low, high = weights.min((1, 2, 3), keepdims=True), weights.max((1, 2, 3), keepdims=True)
-    tiles = (weights - low) / np.maximum(high - low, 1e-12)
-    tiles = np.pad(tiles, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=1)
-    columns = 16
-    rows = math.ceil(len(tiles) / columns)
-    blank = np.ones((rows * columns - len(tiles), *tiles.shape[1:]))
-    grid = np.concatenate([tiles, blank]).reshape(rows, columns, *tiles.shape[1:])
-    picture = grid.transpose(0, 3, 1, 4, 2).reshape(
-        rows * tiles.shape[2], columns * tiles.shape[3], 3
-    )
-    figure = Figure(figsize=(9, 9 * rows / columns), layout="constrained")
+    stretched = {"normalize": True, "scale_each": True}
+    picture = make_grid(torch.from_numpy(weights), 16, padding=1, pad_value=1, **stretched)
+    _, height, width = picture.shape
+    figure = Figure(figsize=(9, 9 * height / width), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(picture, interpolation="nearest")
+    axes.imshow(picture.movedim(0, 2), interpolation="nearest")
     axes.axis("off")
     return figure
 

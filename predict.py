@@ -8,7 +8,6 @@ In a notebook:
 
 import argparse
 import io
-import json
 import sys
 import warnings
 from dataclasses import dataclass
@@ -21,18 +20,18 @@ from torch import Tensor
 
 import figures
 from dataset import Preprocessing
-from evaluate import load_network, predict
+from evaluate import likeliest, load_network, predict
 from model import AlexNet
 from utils import (
     OneLineParser,
     UserError,
-    atomic_write,
     keep_freed_memory,
     output_file,
     positive_int,
     run_script,
     select_device,
     select_precision,
+    write_json,
 )
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -146,15 +145,6 @@ def list_pictures(names: list[str]) -> list[str]:
 # ---------------------------------------------------------------------------------------------
 
 
-def likeliest(probabilities: Tensor, classes: list[str], count: int) -> list[dict]:
-    """The likeliest classes with their probabilities (0..1), most likely first."""
-    values, indices = probabilities.topk(min(count, len(classes)))
-    return [
-        {"class": classes[index], "probability": value}
-        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
-    ]
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description="Say what is on pictures.")
     add = parser.add_argument
@@ -190,8 +180,7 @@ def main() -> int:
         print(f"{name}: {', '.join(words)}")
     if args.json:
         content = [{"picture": n, "likeliest": r} for n, r in zip(names, results, strict=True)]
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, content)
     if args.figure and pictures:
         captions = [Path(name).name for name in names[:SHOWN]]
         figure = figures.likeliest(pictures[:SHOWN], captions, results[:SHOWN])

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from figures import read_history
 from train import BEFORE
 from utils import OneLineParser, UserError, atomic_write, read_csv, run_script
 
@@ -128,14 +129,8 @@ def time_table() -> str:
 
 def minutes_until(run: dict, mark: float) -> float | None:
     """Minutes of training until the first epoch with a validation accuracy of mark (0..1)."""
-    seconds = 0.0
-    for row, time in zip(
-        run["epochs"], read_csv(RESULTS / run["folder"] / "timing.csv"), strict=False
-    ):
-        seconds += float(time["seconds"])
-        if float(row["val_accuracy"]) >= mark:
-            return seconds / 60
-    return None
+    history = read_history(RESULTS / run["folder"])
+    return next((row["minutes"] for row in history if row["val_accuracy"] >= mark), None)
 
 
 def tried_table() -> str:

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import importlib
 import json
 import math
 import os
@@ -51,7 +50,6 @@ from utils import (
     OneLineParser,
     StopRequest,
     UserError,
-    atomic_write,
     autocast,
     command_line,
     compiled,
@@ -72,18 +70,19 @@ from utils import (
     say,
     select_precision,
     write_csv,
+    write_json,
 )
 
 # ---------------------------------------------------------------------------------------------
 # Recipes: what the options are unless the command line says otherwise
 # ---------------------------------------------------------------------------------------------
 
-OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}  # names for options and for people
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SGD = {"momentum": 0.9, "nesterov": False, "weight_decay": 5e-4}  # paper §5
 ADAM = {"weight_decay": 0.0}
 ADAMW = {"weight_decay": 0.05}
 SMALL = {"batch_size": 32}
-FIRST = {  # what runs did before these were options
+FIRST = {  # what runs did before these were options: old ones are read by it, so it stays
     "batch_size": 128,
     "init": "he",
     "input": "standardised",
@@ -101,7 +100,7 @@ FIRST = {  # what runs did before these were options
     "dropout": 0.5,
     "groups": 1,
 }
-MODERN = {**FIRST}  # the best one known
+MODERN = {**FIRST}  # today's habits; what a search finds to be better goes in here
 PAPER = {  # 2012
     **FIRST,
     "init": "2012",  # 2012 source: layers/layers-145.cfg, layers-166.cfg
@@ -201,13 +200,10 @@ def make_optimizer(network: AlexNet, config: dict) -> torch.optim.Optimizer:
     and learning rate r. The paper's (§5) is v <- m v - r d w - r g, w <- w + v. They are the same,
     with v = -r b, while r is constant; after a change of r the paper's v still holds the old r.
     """
-    settings = {"lr": config["lr"], "weight_decay": config["weight_decay"], "fused": True}
-    groups = parameter_groups(network, config)
-    if config["optimizer"] == "sgd":
-        momentum = {"momentum": config["momentum"], "nesterov": config["nesterov"]}
-        return torch.optim.SGD(groups, **momentum, **settings)
-    kind = torch.optim.AdamW if config["optimizer"] == "adamw" else torch.optim.Adam
-    return kind(groups, **settings)
+    names = config.keys() & {"lr", "weight_decay", "momentum", "nesterov"}
+    settings = {name: config[name] for name in names}
+    kind = OPTIMIZERS[config["optimizer"]]
+    return kind(parameter_groups(network, config), fused=True, **settings)
 
 
 def parameter_groups(network: AlexNet, config: dict) -> list[dict]:
@@ -356,7 +352,7 @@ def check_config(config: dict) -> None:
 def run_name(config: dict) -> str:
     """For people: the data set, the optimizer and the recipe."""
     how = {"modern": "", "fast": ", fast recipe", "paper": ", the paper's recipe"}
-    optimizer = OPTIMIZERS[config["optimizer"]]
+    optimizer = OPTIMIZERS[config["optimizer"]].__name__
     return f"AlexNet on {DATASETS[config['dataset']]}, {optimizer}{how[config['recipe']]}"
 
 
@@ -565,7 +561,9 @@ class Run:
             self.best = None
 
     def save(self) -> None:
-        """Writes best.pt if there is a new best, and last.pt; called by all processes together.
+        """Writes best.pt if there is a new best, last.pt, and curves.png if an epoch is done.
+
+        Called by all processes together.
 
         Raises UserError, and leaves last.pt as it was, if a loss or weight is NaN or infinite.
         """
@@ -586,6 +584,9 @@ class Run:
             content["weights_in_training"] = self.network.state_dict()
         if self.is_first:
             save_checkpoint(self.dir / "last.pt", content)
+            if self.history:  # not after each epoch: on a GPU drawing takes as long as an epoch
+                curves = figures.learning_curves(self.history, run_name(self.config))
+                figures.save_figure(curves, self.dir / "curves.png")
         self.last_save = time.monotonic()
 
     def is_save_due(self) -> bool:
@@ -659,18 +660,15 @@ class Run:
         """Writes config.json: the settings, and what the run was started and resumed with."""
         starts = [*earlier_starts, environment(self.device)]
         content = {"settings": self.config, "starts": starts}
-        with atomic_write(self.dir / "config.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(self.dir / "config.json", content)
 
     def write_history(self) -> None:
-        """Writes metrics.csv, timing.csv and curves.png from the first epoch to the last.
+        """Writes metrics.csv and timing.csv from the first epoch to the last.
 
         TensorBoard, if asked for, gets the last.
         """
         for name, columns in (("metrics.csv", METRICS), ("timing.csv", TIMING)):
             write_csv(self.dir / name, columns, self.history)
-        curves = figures.learning_curves(self.history, run_name(self.config))
-        figures.save_figure(curves, self.dir / "curves.png")
         if self.tensorboard:
             row = self.history[-1]
             for name in row.keys() - {"epoch", "step"} - {n for n in row if row[n] is None}:
@@ -1021,7 +1019,7 @@ def prepare(given: dict, processes: Processes) -> Run:
     if config["deterministic"]:
         make_deterministic()
     if config["tensorboard"] and processes.rank == 0:
-        check_tensorboard()
+        summary_writer_class()
     with processes.one_before_the_others():
         dataset = load_dataset(config["dataset"], config["data_dir"])
     if config["train_split"] == "full":
@@ -1054,24 +1052,19 @@ def open_folder(
     if run.is_first and run.epoch < run.config["epochs"]:
         run.write_config(earlier_starts)
         if run.config["tensorboard"]:
-            run.tensorboard = tensorboard_writer(run.dir, first_epoch=run.epoch + 1)
+            # What an earlier start logged of later epochs, a killed one say, is not to be shown.
+            run.tensorboard = summary_writer_class()(run.dir, purge_step=run.epoch + 1)
 
 
-def check_tensorboard() -> None:
-    """Raises UserError if TensorBoard is not there or does not work."""
+def summary_writer_class() -> type:
+    """TensorBoard's SummaryWriter. Raises UserError if it is not there or does not work."""
     try:
-        importlib.import_module("torch.utils.tensorboard")  # slow, and not everyone has it
+        from torch.utils.tensorboard import SummaryWriter  # slow, and not everyone has it
     except ImportError as error:
         raise UserError(
             f"--tensorboard does not work here ({error}); pip install tensorboard, or leave it out"
         ) from None
-
-
-def tensorboard_writer(run_dir: Path, first_epoch: int):
-    """A SummaryWriter to the run's folder; what it has from first_epoch on will not be shown."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(run_dir, purge_step=first_epoch)
+    return SummaryWriter
 
 
 def finish(run: Run) -> None:

@@ -4,15 +4,16 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import json
 import math
 import os
 import pickletools
 import platform
+import secrets
 import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -292,9 +293,12 @@ def _cpu_name() -> str:
 
 
 def peak_memory_mib(device: torch.device) -> int | None:
-    """The most memory used so far: torch's on a CUDA GPU, else the process's; None if unknown."""
+    """The most memory taken so far: torch's on a CUDA GPU, else the process's; None if unknown.
+
+    On a GPU with what torch keeps for later: the memory of CUDA graphs would else be left out.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) // 2**20
+        return torch.cuda.max_memory_reserved(device) // 2**20
     try:
         import resource  # not on Windows
     except ImportError:
@@ -315,27 +319,24 @@ def atomic_write(path: Path):
     Raises UserError if that cannot be done (a full disk, a folder that is not writable); `path`
     is then as it was.
     """
-    temporary = None
+    temporary = path.with_name(f"{UNFINISHED}{path.name}-{secrets.token_hex(4)}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{UNFINISHED}{path.name}-")
-        os.close(handle)
-        yield Path(temporary)
+        yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError.
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
     finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def write_json(path: Path, content: dict | list) -> None:
+    """Writes a JSON file that is whole or not there."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def write_csv(path: Path, columns: Iterable[str], rows: list[dict]) -> None:

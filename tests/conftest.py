@@ -16,6 +16,8 @@ import train
 from utils import run_script
 
 ROOT = Path(__file__).parent.parent
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
 def pytest_addoption(parser):
@@ -35,6 +37,11 @@ def cifar10_dir():
         assert "CIFAR10_DIR" not in os.environ, f"CIFAR10_DIR is {folder}, which has no CIFAR-10"
         pytest.skip("CIFAR-10 is not in data/, and CIFAR10_DIR is not set")
     return folder
+
+
+def identity_maps(n):
+    """[n, 2, 3] maps of a plain resize."""
+    return torch.eye(2, 3).expand(n, 2, 3)
 
 
 def run_python(*arguments, cwd, **settings):

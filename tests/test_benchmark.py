@@ -4,13 +4,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import identity_maps, run_python
+from conftest import DEVICES, identity_maps, needs_gpu, run_python
 
 import benchmark
 from benchmark import Case, operations_per_image, row_of, textbook_network
 from dataset import Preprocessing, draw_shapes, resample
 from model import AlexNet
-from utils import autocast, run_script
+from utils import autocast, compiled, run_script
 
 # Multiply-adds by hand: positions x filter size x filters (paper §3.5 and Fig. 2).
 MULTIPLY_ADDS = {
@@ -23,6 +23,7 @@ MULTIPLY_ADDS = {
     "fc7": 4096 * 4096,
     "fc8": 4096 * 10,
 }
+FAST_PATHS = [*DEVICES, pytest.param("cuda --compile", marks=needs_gpu)]
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +83,28 @@ def copy_of(network):
 @pytest.mark.parametrize(
     ("precision", "loss_bound", "gradient_bound"), [("fp32", 1e-6, 0.01), ("bf16", 2**-9, 0.25)]
 )
-def test_speed_changes_no_loss_and_no_gradient(shapes_batch, precision, loss_bound, gradient_bound):
+@pytest.mark.parametrize("device", FAST_PATHS)
+def test_speed_changes_no_loss_and_no_gradient(
+    shapes_batch, device, precision, loss_bound, gradient_bound
+):
     images, labels = shapes_batch
-    fast = AlexNet(dropout=0.0).to(memory_format=torch.channels_last)
+    device, *options = device.split()
+    device = torch.device(device)
+    if device.type == "cuda":  # whose convolutions are in TF32
+        loss_bound, gradient_bound = 2**-9, 0.25
+    fast = AlexNet(dropout=0.0)
     plain = copy_of(fast).eval()  # without dropout
-    with autocast(images.device, precision):
-        fast_loss = F.cross_entropy(fast(images), labels)
+    fast.to(device, memory_format=torch.channels_last)
+    network = compiled(fast, device) if options else fast
+    with autocast(device, precision):
+        fast_loss = F.cross_entropy(network(images.to(device)), labels.to(device))
     plain_loss = F.cross_entropy(plain(images.contiguous()), labels)
     fast_loss.backward()
     plain_loss.backward()
     assert fast_loss.item() == pytest.approx(plain_loss.item(), rel=loss_bound)
     for (name, ours), theirs in zip(fast.named_parameters(), plain.parameters(), strict=True):
-        difference = torch.linalg.norm(ours.grad - theirs.grad) / torch.linalg.norm(theirs.grad)
+        difference = torch.linalg.norm(ours.grad.cpu() - theirs.grad)
+        difference /= torch.linalg.norm(theirs.grad)
         assert difference < gradient_bound, name
 
 

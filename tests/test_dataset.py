@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import identity_maps
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import calculate_md5
 
@@ -22,7 +23,6 @@ from dataset import (
     Split,
     crop_maps,
     draw_shapes,
-    identity_maps,
     inside_squares,
     load_cifar10,
     load_dataset,

@@ -1,6 +1,6 @@
 """Faults by the hundred: killed processes, mutated checkpoints, bad command lines.
 
-A few by default. All that docs/reliable.md speaks of, in a quarter of an hour on two cores:
+A few by default. All that docs/reliable.md speaks of, in nine minutes on two cores:
 
     python -m pytest tests/test_faults.py --long -rP
 """

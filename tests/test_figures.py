@@ -102,8 +102,8 @@ def test_filters_are_stretched_and_side_by_side():
     weights = np.random.default_rng(0).normal(size=(96, 3, 11, 11))
     [axes] = figures.filters(weights).axes
     picture = shown(axes)
-    assert picture.shape == (6 * 13, 16 * 13, 3)  # a border of one pixel around each
-    tile = picture[13 + 1 : 26 - 1, 2 * 13 + 1 : 3 * 13 - 1].transpose(2, 0, 1)
+    assert picture.shape == (6 * 12 + 1, 16 * 12 + 1, 3)  # a line of one pixel between them
+    tile = picture[12 + 1 : 2 * 12, 2 * 12 + 1 : 3 * 12].transpose(2, 0, 1)
     expected = weights[16 + 2]
     expected = (expected - expected.min()) / (expected.max() - expected.min())
     np.testing.assert_allclose(tile, expected)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
+from conftest import DEVICES, ROOT
 from torch import nn
 
 from model import AlexNet, LocalResponseNorm
@@ -285,18 +285,20 @@ def numpy_lrn_gradient(a, grad, size=5, alpha=1e-4, beta=0.75, k=2.0):
 # roundings, one of the second an exact one and its own. Relative to the largest value, as sums that
 # cancel have no relative bound.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2**-20), (torch.bfloat16, 2**-8)])
-def test_lrn_is_within_rounding(dtype, bound):
-    a = (torch.randn(4, 96, 13, 13) * 50).to(dtype).requires_grad_()
+@pytest.mark.parametrize("device", DEVICES)
+def test_lrn_is_within_rounding(device, dtype, bound):
+    a = (torch.randn(4, 96, 13, 13, device=device) * 50).to(dtype).requires_grad_()
     grad = torch.randn_like(a)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         ours = LocalResponseNorm()(a)
     ours.backward(grad)
-    exact = a.detach().double().numpy()
     assert ours.dtype == a.grad.dtype == dtype
-    np.testing.assert_allclose(ours.detach().double().numpy(), numpy_lrn(exact), rtol=bound)
-    expected = numpy_lrn_gradient(exact, grad.double().numpy())
-    largest = np.abs(expected).max()
-    np.testing.assert_allclose(a.grad.double().numpy(), expected, rtol=0, atol=bound * largest)
+    exact, grad, ours, our_grad = (
+        tensor.detach().cpu().double().numpy() for tensor in (a, grad, ours, a.grad)
+    )
+    np.testing.assert_allclose(ours, numpy_lrn(exact), rtol=bound)
+    expected = numpy_lrn_gradient(exact, grad)
+    np.testing.assert_allclose(our_grad, expected, rtol=0, atol=bound * np.abs(expected).max())
 
 
 def test_lrn_takes_strided_input():

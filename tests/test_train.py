@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_python, same
+from conftest import ROOT, needs_gpu, run_python, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dataset
@@ -117,6 +117,26 @@ def test_step_waits_for_no_value(given, monkeypatch):
     assert run.losses.is_meta
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         run.check_losses()  # what is done once a second
+
+
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_do_not_wait_for_a_gpu(compiled):
+    """Not for values, nor for copies. The first four compile, record and fill caches."""
+    given = {"dataset": "shapes", "precision": "bf16", "ema": 0.99, "compile": compiled}
+    config = train.new_config(given)
+    run = train.Run(Path("run"), config, dataset.draw_shapes(), torch.device("cuda"), Processes())
+    arguments = run.train, run.preprocessing, run.augmentation, config["batch_size"], 0, 0
+    try:
+        for images, labels in training_batches(*arguments):
+            loss, _ = train.train_step(run, images, labels)
+            run.losses[run.step] = loss
+            run.step += 1
+            torch.cuda.set_sync_debug_mode("error" if run.step >= 4 else "default")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    run.check_losses()
+    assert run.losses[0].item() == pytest.approx(math.log(10), abs=0.1)
 
 
 # --- The paper's recipe -------------------------------------------------------------------------
@@ -457,7 +477,14 @@ ADDITIONS = "--ema 0.9 --mix cutmix --augmentation strong --nesterov"
 
 
 @pytest.mark.parametrize(
-    ("kind", "last_step"), [("--optimizer adam", 2), ("--recipe paper", 4), (ADDITIONS, 3)]
+    ("kind", "last_step"),
+    [
+        ("--optimizer adam", 2),
+        ("--recipe paper", 4),
+        (ADDITIONS, 3),
+        pytest.param("--device cuda --deterministic", 2, marks=needs_gpu),
+        pytest.param("--device cuda --deterministic --compile", 2, marks=needs_gpu),
+    ],
 )
 def test_interrupted_run_equals_an_uninterrupted_one(tiny, kind, last_step, monkeypatch):
     """Stopped within an epoch, and after the last of its five steps, before its validation."""
