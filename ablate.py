@@ -142,6 +142,8 @@ def run_settings(args: argparse.Namespace, name: str, seed: int) -> dict:
     }
     if args.train_images:
         settings["train_images"] = args.train_images
+    if args.compile:
+        settings["compile"] = True
     if name == BASE:
         return settings
     changed = dict(IDEAS[args.ideas][name].settings)
@@ -333,6 +335,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--recipe", choices=train.RECIPE_NAMES, help="default: that of the ideas")
     add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
     add("--data-dir", default=DEFAULT_DATA_DIR, help=f"default: {DEFAULT_DATA_DIR}")
+    add("--compile", action="store_true", help="let torch.compile fuse the networks; for GPUs")
     add("--output-dir", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
     args = parser.parse_args()
     unknown = set(args.only or []) - IDEAS[args.ideas].keys()

@@ -246,6 +246,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def compiled(network: torch.nn.Module, device: torch.device):
     """The network fused by torch.compile; on a GPU replayed as CUDA graphs, at one batch size."""
+    torch.compiler.reset()  # an earlier run of this process counts against torch's limit
     mode = "reduce-overhead" if device.type == "cuda" else None
     return torch.compile(network, dynamic=False, mode=mode)
 

@@ -166,7 +166,8 @@ def test_each_switch_changes_a_setting_of_the_base(recipe, switch):
 
 def test_rates_are_multiples_of_the_recipes():
     args = SimpleNamespace(ideas="modern", recipe="modern", dataset="cifar10", data_dir="data")
-    args.epochs, args.train_images = 1, None
+    args.epochs, args.train_images, args.compile = 1, None, True
+    assert ablate.run_settings(args, "base", 0)["compile"]
     rates = {name: ablate.run_settings(args, name, 0).get("lr") for name in ablate.WITH}
     assert rates["half-rate"] == train.new_config({})["lr"] / 2
     assert rates["double-rate"] == rates["batch-256"] == train.new_config({})["lr"] * 2
