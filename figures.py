@@ -287,7 +287,7 @@ def filters(weights: np.ndarray) -> Figure:
     _, height, width = picture.shape
     figure = Figure(figsize=(9, 9 * height / width), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(picture.movedim(0, 2), interpolation="nearest")
+    axes.imshow(picture.movedim(0, 2).numpy(), interpolation="nearest")
     axes.axis("off")
     return figure
 
