@@ -1,4 +1,4 @@
-"""The commands and programs of README.md and of two pages of docs, run in the order of the page."""
+"""The commands and programs of README.md and docs/training.md, run in the order of the page."""
 
 import importlib
 import json
@@ -22,7 +22,6 @@ from utils import run_script
 README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 READING = (ROOT / "docs" / "reading.md").read_text()
-PAGES = (README, TRAINING, READING)
 
 
 def blocks(page, language):
@@ -60,13 +59,12 @@ def run(monkeypatch, script, *arguments):
 
 def test_commands(folder, monkeypatch, capsys):
     done = []
-    for launcher, *arguments in [command for page in PAGES for command in commands(page)]:
+    for launcher, *arguments in [*commands(README), *commands(TRAINING)]:
         if launcher == "python" and arguments[0] != "-m":
             assert run(monkeypatch, *arguments) == 0, (arguments, capsys.readouterr().err)
             done.append(arguments[0])
         elif launcher == "torchrun":  # tests/test_parallel.py runs it
-            options = arguments[arguments.index("train.py") + 1 :]
-            train.new_config(vars(train.make_parser().parse_args(options)))
+            check_options(arguments)
         else:
             assert (launcher, *arguments[:2]) in {
                 ("python", "-m", "pytest"),
@@ -74,6 +72,11 @@ def test_commands(folder, monkeypatch, capsys):
             }
     assert {"train.py", "evaluate.py", "predict.py", "figures.py"} <= set(done)
     assert (folder / "predictions.png").exists()
+
+
+def check_options(command):
+    options = command[command.index("train.py") + 1 :]
+    train.new_config(vars(train.make_parser().parse_args(options)))
 
 
 def test_network_of_the_page():
@@ -87,6 +90,11 @@ def test_exercises(capsys):
 
     2^-0.75 is 0.59, and (2 + 1000^2 * 1e-4 / 5)^-0.75 is 0.098.
     """
+    runs = [command for command in commands(READING) if "train.py" in command]
+    for command in runs:
+        check_options(command)
+    assert len(runs) == 4
+
     names = {}
     for program in blocks(READING, "python"):
         exec(program, names)
