@@ -584,7 +584,7 @@ class Run:
             content["weights_in_training"] = self.network.state_dict()
         if self.is_first:
             save_checkpoint(self.dir / "last.pt", content)
-            if self.history:  # not after each epoch: on a GPU drawing takes as long as an epoch
+            if self.history:  # not after each epoch, which on a GPU may be as short as this
                 curves = figures.learning_curves(self.history, run_name(self.config))
                 figures.save_figure(curves, self.dir / "curves.png")
         self.last_save = time.monotonic()
