@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import figures
+import recipes
 import train
 from dataset import DATASETS, DEFAULT_DATA_DIR
 from parallel import Processes
@@ -148,7 +149,7 @@ def run_settings(args: argparse.Namespace, name: str, seed: int) -> dict:
         return settings
     changed = dict(IDEAS[args.ideas][name].settings)
     if "lr_times" in changed:
-        changed["lr"] = train.new_config(settings)["lr"] * changed.pop("lr_times")
+        changed["lr"] = recipes.new_config(settings)["lr"] * changed.pop("lr_times")
     return {**settings, **changed}
 
 
@@ -309,10 +310,10 @@ def error_curves(epochs: list[dict], name: str) -> list[list[float]]:
 
 def setting(args: argparse.Namespace) -> str:
     """For titles: what the runs have in common, and whether that is less than a full training."""
-    config = train.new_config({"recipe": args.recipe, "dataset": args.dataset})
+    config = recipes.new_config({"recipe": args.recipe, "dataset": args.dataset})
     images = f"{args.train_images:,}" if args.train_images else "all"
     reduced = args.train_images or args.epochs < config["epochs"]
-    name = train.run_name(config)
+    name = recipes.run_name(config)
     return (
         f"{name}, {'reduced setting: ' if reduced else ''}{images} training images, "
         f"epochs: {args.epochs}, seeds: {args.seeds}"
@@ -332,7 +333,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--train-images", type=positive_int, metavar="N", help="use so many; default: all")
     add("--ideas", choices=IDEAS, default="paper", help="the paper's or later ones; default: paper")
     add("--only", nargs="+", metavar="IDEA", help="of these; default: all of them")
-    add("--recipe", choices=train.RECIPE_NAMES, help="default: that of the ideas")
+    add("--recipe", choices=recipes.RECIPE_NAMES, help="default: that of the ideas")
     add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
     add("--data-dir", default=DEFAULT_DATA_DIR, help=f"default: {DEFAULT_DATA_DIR}")
     add("--compile", action="store_true", help="let torch.compile fuse the networks; for GPUs")
@@ -345,7 +346,7 @@ def parse_arguments() -> argparse.Namespace:
     args.recipe = args.recipe or args.ideas
     for name in names(args):
         try:
-            train.new_config(run_settings(args, name, 0))
+            recipes.new_config(run_settings(args, name, 0))
         except UserError as error:
             raise UserError(f"{name} does not fit: {error}; choose others with --only") from None
     return args
@@ -357,7 +358,7 @@ def main() -> int:
         raise UserError("ablate.py trains with one process; start it with python, not torchrun")
     keep_freed_memory()
     common = {name: getattr(args, name) for name in COMMON}
-    base = train.new_config(run_settings(args, BASE, 0))  # a recipe may change
+    base = recipes.new_config(run_settings(args, BASE, 0))  # a recipe may change
     common["base"] = {name: base[name] for name in base.keys() - {"data_dir", "seed"}}
     claim_folder(args.output_dir, common)
     stop = StopRequest()

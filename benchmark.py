@@ -34,7 +34,8 @@ import figures
 from dataset import Augmentation, Dataset, Preprocessing, Split, training_batches
 from model import IMAGE_SIZE, AlexNet, LocalResponseNorm
 from parallel import Processes
-from train import Run, new_config, train_step
+from recipes import new_config
+from train import Run, train_step
 from utils import (
     OneLineParser,
     UserError,

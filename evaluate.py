@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 import figures
@@ -29,6 +28,7 @@ from dataset import (
 )
 from model import CHOICES, IMAGE_SIZE, INITS, AlexNet
 from parallel import Processes
+from recipes import data_dir_of
 from utils import (
     DAMAGE_ERRORS,
     OneLineParser,
@@ -373,12 +373,6 @@ def draw_feature_maps(
 # ---------------------------------------------------------------------------------------------
 # The script
 # ---------------------------------------------------------------------------------------------
-
-
-def data_dir_of(training: dict) -> Path:
-    """Where the run had CIFAR-10, if it is still there, else the default folder."""
-    folder = Path(str(training.get("data_dir", DEFAULT_DATA_DIR)))
-    return folder if (folder / CIFAR10.base_folder).is_dir() else Path(DEFAULT_DATA_DIR)
 
 
 def print_views(one: dict, ten: dict) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from figures import read_history
-from train import BEFORE
+from recipes import BEFORE
 from utils import OneLineParser, UserError, atomic_write, read_csv, run_script
 
 ROOT = Path(__file__).parent

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import signal
@@ -67,6 +68,12 @@ def trained_run(tmp_path_factory):
             assert done.returncode == 0, done.stderr
             output.write_text(json.dumps({"stdout": done.stdout, "stderr": done.stderr}))
     return folder, SimpleNamespace(**json.loads(output.read_text()))
+
+
+def rows(run_dir):
+    """What a run's metrics.csv says of each epoch."""
+    with open(Path(run_dir) / "metrics.csv") as file:
+        return list(csv.DictReader(file))
 
 
 def same(a, b):

@@ -10,6 +10,7 @@ import pytest
 
 import ablate
 import dataset
+import recipes
 import train
 from utils import run_script
 
@@ -157,11 +158,11 @@ def test_differences_are_paired_by_seed(ideas, name, sign):
     ids=lambda each: each if isinstance(each, str) else each.idea,
 )
 def test_each_switch_changes_a_setting_of_the_base(recipe, switch):
-    base = train.new_config({"recipe": recipe})
+    base = recipes.new_config({"recipe": recipe})
     settings = {option: value for option, value in switch.settings.items() if option != "lr_times"}
     assert all(base[option] != value for option, value in settings.items())
-    options = train.make_parser().parse_args(train.as_command_line(settings))
-    train.new_config(vars(options))
+    options = recipes.make_parser().parse_args(recipes.as_command_line(settings))
+    recipes.new_config(vars(options))
 
 
 def test_rates_are_multiples_of_the_recipes():
@@ -169,8 +170,8 @@ def test_rates_are_multiples_of_the_recipes():
     args.epochs, args.train_images, args.compile = 1, None, True
     assert ablate.run_settings(args, "base", 0)["compile"]
     rates = {name: ablate.run_settings(args, name, 0).get("lr") for name in ablate.WITH}
-    assert rates["half-rate"] == train.new_config({})["lr"] / 2
-    assert rates["double-rate"] == rates["batch-256"] == train.new_config({})["lr"] * 2
+    assert rates["half-rate"] == recipes.new_config({})["lr"] / 2
+    assert rates["double-rate"] == rates["batch-256"] == recipes.new_config({})["lr"] * 2
     assert rates["mixup"] is None
 
 

@@ -5,7 +5,6 @@ import re
 import sys
 import warnings
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,13 +214,6 @@ def test_evaluation_of_a_trained_checkpoint(trained_run):
 def test_last_checkpoint_can_be_evaluated_too(trained_run):
     folder, _ = trained_run
     load_network(folder / "runs" / "shapes-sgd" / "last.pt")
-
-
-def test_run_data_dir_is_used_if_it_is_still_there(tmp_path):
-    training = {"data_dir": str(tmp_path)}
-    assert evaluate.data_dir_of(training) == Path("data")
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    assert evaluate.data_dir_of(training) == tmp_path
 
 
 def test_classes_of_another_data_set(tmp_path, monkeypatch, capsys, content):

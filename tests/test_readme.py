@@ -15,6 +15,7 @@ from tiny_train import SHAPES_PER_CLASS
 
 import dataset
 import evaluate
+import recipes
 import train
 from model import AlexNet
 from utils import run_script
@@ -41,7 +42,7 @@ def folder(handlers_restored, monkeypatch, tmp_path):
     monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", SHAPES_PER_CLASS)
     for module in (train, evaluate):
         monkeypatch.setattr(module, "load_dataset", lambda *_: dataset.draw_shapes())
-    for recipe in train.RECIPES.values():
+    for recipe in recipes.RECIPES.values():
         monkeypatch.setitem(recipe, "epochs", 1)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
@@ -76,7 +77,7 @@ def test_commands(folder, monkeypatch, capsys):
 
 def check_options(command):
     options = command[command.index("train.py") + 1 :]
-    train.new_config(vars(train.make_parser().parse_args(options)))
+    recipes.new_config(vars(recipes.make_parser().parse_args(options)))
 
 
 def test_network_of_the_page():

@@ -1,10 +1,8 @@
 import contextlib
 import copy
-import csv
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -16,22 +14,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, needs_gpu, run_python, same
+from conftest import ROOT, needs_gpu, rows, run_python, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dataset
+import recipes
 import train
 from dataset import Augmentation, Dataset, Preprocessing, Split, training_batches
 from evaluate import load_network, loss_and_accuracy, predict
 from model import AlexNet
 from parallel import Processes
 from utils import FolderLock, select_precision
-
-
-def rows(run_dir):
-    with open(Path(run_dir) / "metrics.csv") as file:
-        return list(csv.DictReader(file))
-
 
 # --- Schedule and learning ----------------------------------------------------------------------
 
@@ -103,7 +96,7 @@ def test_step_waits_for_no_value(given, monkeypatch):
     On a GPU such a read would wait until all work before it is done.
     """
     monkeypatch.setattr(train, "autocast", lambda *_: contextlib.nullcontext())  # none for meta
-    config = train.new_config({"dataset": "shapes", "precision": "fp32", **given})
+    config = recipes.new_config({"dataset": "shapes", "precision": "fp32", **given})
     run = train.Run(Path("run"), config, dataset.draw_shapes(), torch.device("meta"), Processes())
     for group in run.optimizer.param_groups:
         group["fused"] = False  # not for meta either
@@ -124,7 +117,7 @@ def test_step_waits_for_no_value(given, monkeypatch):
 def test_steps_do_not_wait_for_a_gpu(compiled):
     """Not for values, nor for copies. The first four compile, record and fill caches."""
     given = {"dataset": "shapes", "precision": "bf16", "ema": 0.99, "compile": compiled}
-    config = train.new_config(given)
+    config = recipes.new_config(given)
     run = train.Run(Path("run"), config, dataset.draw_shapes(), torch.device("cuda"), Processes())
     arguments = run.train, run.preprocessing, run.augmentation, config["batch_size"], 0, 0
     try:
@@ -142,28 +135,18 @@ def test_steps_do_not_wait_for_a_gpu(compiled):
 # --- The paper's recipe -------------------------------------------------------------------------
 
 
-def test_paper_recipe_is_the_papers():
-    config = train.new_config({"recipe": "paper"})
-    expected = {"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4, "epochs": 90}
-    expected |= {"bias_lr_factor": 2, "bias_decay_factor": 0, "dropout": 0.5, "init": "2012"}
-    expected |= {"input": "centred", "augmentation": "paper", "schedule": "plateau"}
-    assert expected.items() <= config.items()
-    assert train.new_config({"recipe": "paper", "init": "he", "lr": 0.5})["init"] == "he"
-    assert train.RECIPES.keys() >= {("paper", name, "sgd") for name in dataset.DATASETS}
-
-
 def test_parameter_groups_of_the_paper():
     with torch.device("meta"):
         network = AlexNet()
-    weights, biases = train.parameter_groups(network, train.new_config({"recipe": "paper"}))
+    weights, biases = train.parameter_groups(network, recipes.new_config({"recipe": "paper"}))
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     for group, kind in ((weights, "weight"), (biases, "bias")):
         layers = [f"conv{i}" for i in range(1, 6)] + ["fc6", "fc7", "fc8"]
         assert [names[id(p)] for p in group["params"]] == [f"{name}.{kind}" for name in layers]
-    optimizer = train.make_optimizer(network, train.new_config({"recipe": "paper"}))
+    optimizer = train.make_optimizer(network, recipes.new_config({"recipe": "paper"}))
     assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4, 0]
     assert [group["lr_factor"] for group in optimizer.param_groups] == [1, 2]
-    [everything] = train.parameter_groups(network, train.new_config({}))
+    [everything] = train.parameter_groups(network, recipes.new_config({}))
     assert len(everything["params"]) == 16
 
 
@@ -173,7 +156,7 @@ def test_common_reading_starts_blind():
     common = {"init": "as-printed", "input": "standardised"}
     spread = []
     for given in ({}, common):
-        config = train.new_config({"recipe": "paper", **given})
+        config = recipes.new_config({"recipe": "paper", **given})
         network = train.make_network(config, 10)
         preprocessing = Preprocessing.of(images, config["input"], "paper")
         logits = predict(network, images[:20], preprocessing, "fp32")
@@ -203,7 +186,7 @@ def test_steps_follow_the_papers_equations():
 
 def bare_run(network, **given):
     """What train_step needs of a run with these settings, its network any module."""
-    config = train.new_config({"batch_size": 6, "precision": "fp32", **given})
+    config = recipes.new_config({"batch_size": 6, "precision": "fp32", **given})
     run = SimpleNamespace(config=config, device=torch.device("cpu"), processes=Processes())
     run.network = run.compiled = network
     run.history, run.train, run.mix = [], SimpleNamespace(labels=range(60)), None
@@ -233,7 +216,7 @@ def test_mixed_images_hold_as_much_of_each_as_their_labels(name):
     """An image of class c is white in channel c and black in the others."""
     labels = torch.arange(8) % 3
     images = F.one_hot(labels, 3)[:, :, None, None].expand(8, 3, 227, 227).float()
-    mixed, targets = train.make_mix(train.new_config({"mix": name}), 3)(images, labels)
+    mixed, targets = train.make_mix(recipes.new_config({"mix": name}), 3)(images, labels)
     torch.testing.assert_close(mixed.mean((2, 3)), targets)
     assert targets.sum(1).tolist() == pytest.approx([1.0] * 8)
     assert 0 < targets.max(1).values.min() < 1
@@ -359,56 +342,9 @@ def test_checkpoint_records_every_switch(tiny):
     assert row["step"] == "3"  # 20 images in batches of 8
 
 
-def test_run_from_before_the_recipes_is_resumed(tiny):
-    assert tiny("--epochs", 1, "--output-dir", "whole") == 0
-    shutil.copytree("whole", "old")
-    old = ("dataset", "optimizer", "data_dir", "seed", "device", "precision", "save_every")
-    old += ("epochs", "batch_size", "lr", "momentum", "weight_decay")
-    record = json.loads(Path("old/config.json").read_text())
-    record["settings"] = {name: record["settings"][name] for name in old}
-    Path("old/config.json").write_text(json.dumps(record))
-    last = torch.load("old/last.pt")
-    last["training"] = record["settings"]
-    last["model"] = {name: last["model"][name] for name in ("num_classes", "groups", "dropout")}
-    del last["preprocessing"]["enlarged_size"]
-    torch.save(last, "old/last.pt")
-    for folder in ("whole", "old"):
-        assert tiny("--resume", folder, "--epochs", 2) == 0
-    assert rows("old") == rows("whole")
-    assert len(rows("old")) == 2
-
-
-def test_settings_and_command_line_are_each_others_inverse():
-    for given in ({}, {"nesterov": True, "compile": True, "lr": 0.5}, {"recipe": "paper"}):
-        config = train.new_config(given)
-        options = vars(train.make_parser().parse_args(train.as_command_line(config)))
-        assert train.new_config(options) == config
-
-
-def test_record_is_what_was_run_whatever_the_recipes_are_now(monkeypatch):
-    """As for a run from when the fast recipe was one of SGD, or with a setting now refused."""
-    for given in ({"optimizer": "sgd"}, {"warm_up": 0.3}):
-        modern = train.new_config({"dataset": "cifar10", **given})
-        record = {**modern, "recipe": "fast" if "optimizer" in given else "paper"}
-        assert train.recorded_config(record) == record
-    adam = train.new_config({"optimizer": "adam"})
-    assert train.recorded_config(adam) == adam
-    for name in ("optimizer", "epochs", "lr", "weight_decay", "momentum"):
-        with pytest.raises(KeyError):
-            train.recorded_config({n: v for n, v in modern.items() if n != name})
-
-
-def test_flag_of_a_run_can_be_taken_back(tiny):
-    assert tiny("--epochs", 1, "--output-dir", "run", "--deterministic") == 0
-    torch.use_deterministic_algorithms(False)
-    assert tiny("--resume", "run", "--epochs", 2, "--no-deterministic") == 0
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert json.loads(Path("run/config.json").read_text())["settings"]["deterministic"] is False
-
-
 def test_training_overfits_20_images(tmp_path):
     split = Split(*(tensor[:20] for tensor in dataset.draw_shapes().train))
-    config = train.new_config({"dataset": "shapes", "optimizer": "adam", "batch_size": 20})
+    config = recipes.new_config({"dataset": "shapes", "optimizer": "adam", "batch_size": 20})
     config["precision"] = select_precision("auto", torch.device("cpu"))
     data = Dataset(dataset.SHAPES, split, split, split)
     run = train.Run(tmp_path, {**config, "epochs": 40}, data, torch.device("cpu"), Processes())
@@ -718,101 +654,11 @@ def test_weights_gone_wrong_are_not_saved(tiny, monkeypatch, capsys):
 
 # --- Bad input: one line, exit code 2, nothing left behind --------------------------------------
 
-BAD_COMMANDS = [
-    ("--dataset imagenet", "imagenet"),
-    ("--recipe future", "future"),
-    ("--recipe fast", "--recipe fast is for --dataset cifar10"),
-    ("--recipe paper --train-split full", "--schedule plateau watches the validation images"),
-    ("--nesterov --momentum 0", "--nesterov needs a --momentum"),
-    ("--nesterov --optimizer adamw", "--nesterov is for --optimizer sgd"),
-    ("--mix all", "all"),
-    ("--mix cutmix --batch-size 1", "--mix cutmix needs at least two images"),
-    ("--recipe paper --warm-up 0.3", "--warm-up is for --schedule cosine"),
-    ("--ema 1", "--ema"),
-    ("--label-smoothing 1", "--label-smoothing"),
-    ("--warm-up 2", "--warm-up"),
-    ("--train-split test", "test"),
-    ("--recipe paper --optimizer adam", "--recipe paper is for --optimizer sgd"),
-    ("--init 2013", "2013"),
-    ("--input raw", "raw"),
-    ("--augmentation all", "all"),
-    ("--schedule step", "step"),
-    ("--groups 3", "3"),
-    ("--norm batch", "batch"),
-    ("--dropout 1", "--dropout"),
-    ("--bias-lr-factor -1", "--bias-lr-factor"),
-    ("--bias-decay-factor nan", "--bias-decay-factor"),
-    ("--train-images 15", "--train-images 15 is not a multiple of 10"),
-    ("--train-images 50", "--train-images 50 is not a multiple of 10 from 10 to 40"),
-    ("--optimizer lion", "lion"),
-    ("--precision fp8", "fp8"),
-    ("--epochs 0", "0 is not a"),
-    ("--epochs -1", "-1 is not a"),
-    ("--epochs 1.5", "1.5 is not a whole number"),
-    ("--batch-size 0", "0 is not a"),
-    ("--batch-size -8", "-8 is not a"),
-    ("--batch-size many", "many is not a whole number"),
-    ("--lr 0", "0 is not a"),
-    ("--lr -0.1", "-0.1 is not a"),
-    ("--lr nan", "nan is not a"),
-    ("--lr inf", "inf is not a"),
-    ("--momentum 1", "--momentum"),
-    ("--momentum -0.1", "--momentum"),
-    ("--weight-decay -1", "--weight-decay"),
-    ("--seed -1", "--seed"),
-    ("--momentum 0.9 --optimizer adam", "--momentum is for --optimizer sgd"),
-    ("--device cuda:99", "--device cuda:99"),
-    ("--device tpu9", "--device tpu9"),
-    ("--device meta", "--device meta"),
-    ("--dataset cifar10 --data-dir nowhere", "nowhere is not a folder"),
-    ("--resume nowhere", "nowhere"),
-    ("--resume a --output-dir b", "not allowed with"),
-    ("--output-dir taken", "taken is not empty"),
-    ("--output-dir taken/file", "taken/file"),
-    ("--output-dir taken/file/run", "taken/file"),
-    ("--epoch 3", "--epoch"),
-    ("extra", "extra"),
-]
-
-
-@pytest.mark.parametrize(("options", "named"), BAD_COMMANDS, ids=[c for c, _ in BAD_COMMANDS])
-def test_bad_command_is_one_line(tiny, capsys, options, named):
-    Path("taken").mkdir()
-    Path("taken/file").write_text("mine")
-    assert tiny(*options.split()) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("train.py: error: ")
-    assert err.count("\n") == 1
-    assert named in err
-    assert [path.name for path in Path().iterdir()] == ["taken"]
-    assert Path("taken/file").read_text() == "mine"
-
-
-def test_resume_refuses_another_experiment(tiny, capsys):
-    assert tiny("--epochs", 1, "--output-dir", "run") == 0
-    assert tiny("--resume", "run", "--lr", "0.5") == 2
-    assert "--lr 0.5 would make it another experiment" in capsys.readouterr().err
-
 
 def test_resume_refuses_fewer_epochs_than_done(tiny, capsys):
     assert tiny("--epochs", 2, "--output-dir", "run") == 0
     assert tiny("--resume", "run", "--epochs", "1") == 2
     assert "--epochs 1" in capsys.readouterr().err
-
-
-BROKEN_RECORDS = ["", "{}", "[]", '{"settings": {"epochs": -1}}', "\x00", "[" * 200_000]
-BROKEN_RECORDS += [
-    '{"settings": {"output_dir": "x"}, "starts": []}',
-    '{"settings": {"help": true}}',
-]
-
-
-@pytest.mark.parametrize("config", BROKEN_RECORDS, ids=range(len(BROKEN_RECORDS)))
-def test_resume_from_a_broken_record(tiny, capsys, config):
-    Path("run").mkdir()
-    Path("run/config.json").write_text(config)
-    assert tiny("--resume", "run") == 2
-    assert "config.json is not the record of a run" in capsys.readouterr().err
 
 
 def test_user_sees_one_line_from_the_real_script(tmp_path):
@@ -837,7 +683,7 @@ def test_output_dir_that_cannot_be_made(tiny, capsys, monkeypatch):
 def test_two_runs_that_start_together_get_a_folder_each(tmp_path, monkeypatch):
     """The second takes the name between the first's look and its mkdir."""
     monkeypatch.chdir(tmp_path)
-    config = train.new_config({"dataset": "shapes"})
+    config = recipes.new_config({"dataset": "shapes"})
     look = train.free_run_dir
 
     def look_then_lose_the_race(*arguments):
@@ -866,22 +712,3 @@ def test_resume_from_a_damaged_checkpoint(tiny, capsys):
     error = capsys.readouterr().err
     assert "last.pt is truncated or damaged" in error
     assert error.count("\n") == 1
-
-
-def test_every_option_is_documented_with_its_default():
-    page = (ROOT / "docs" / "training.md").read_text()
-    rows = re.findall(r"^\| `(--[a-z-]+)` \| (.*?) \|", page, re.M)
-    defaults = dict(rows)
-    options = {action.option_strings[0] for action in train.make_parser()._actions}
-    assert set(defaults) == options - {"-h"}
-    for recipe, dataset_name, optimizer in train.RECIPES:
-        given = {"recipe": recipe, "dataset": dataset_name, "optimizer": optimizer}
-        config = train.new_config(given)
-        for name in config.keys() - given.keys():
-            value, default = config[name], defaults[train.as_option(name)]
-            if isinstance(value, bool):
-                assert default == ("on" if value else "off"), name
-            elif isinstance(value, int | float):
-                assert value in map(float, re.findall(r"\d[\d.]*(?:e-\d+)?", default)), name
-            else:
-                assert f"`{value}`" in default, name

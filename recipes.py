@@ -1,0 +1,293 @@
+"""What a run is to do: the recipes, the options of train.py, and the record of a run's settings."""
+
+import argparse
+import functools
+import json
+from pathlib import Path
+
+import torch
+from torchvision.datasets import CIFAR10
+from torchvision.transforms import v2
+
+from dataset import AUGMENTATIONS, DATASETS, DEFAULT_DATA_DIR, INPUTS
+from model import CHOICES, INITS
+from utils import (
+    DAMAGE_ERRORS,
+    OneLineParser,
+    UserError,
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+)
+
+# ---------------------------------------------------------------------------------------------
+# Recipes: what the options are unless the command line says otherwise
+# ---------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+SGD = {"momentum": 0.9, "nesterov": False, "weight_decay": 5e-4}  # paper §5
+ADAM = {"weight_decay": 0.0}
+ADAMW = {"weight_decay": 0.05}
+SMALL = {"batch_size": 32}
+FIRST = {  # what runs did before these were options: old ones are read by it, so it stays
+    "batch_size": 128,
+    "init": "he",
+    "input": "standardised",
+    "augmentation": "shift",
+    "mix": "none",
+    "label_smoothing": 0.0,
+    "schedule": "cosine",
+    "warm_up": 0.05,
+    "bias_lr_factor": 1.0,
+    "bias_decay_factor": 1.0,
+    "ema": 0.0,
+    "activation": "relu",
+    "norm": "lrn",
+    "pooling": "overlapping",
+    "dropout": 0.5,
+    "groups": 1,
+}
+MODERN = {**FIRST}  # today's habits; what a search finds to be better goes in here
+PAPER = {  # 2012
+    **FIRST,
+    "init": "2012",  # 2012 source: layers/layers-145.cfg, layers-166.cfg
+    "input": "centred",  # §2
+    "augmentation": "paper",  # §4.1
+    "schedule": "plateau",  # §5
+    "bias_lr_factor": 2.0,  # 2012 source: layers/layer-params-166.cfg
+    "bias_decay_factor": 0.0,  # the same
+    "activation": "relu",  # §3.1
+    "norm": "lrn",  # §3.3; 2012 source: layer.py
+    "pooling": "overlapping",  # §3.4
+    "dropout": 0.5,  # §4.2
+    "groups": 1,  # one GPU is enough today; the paper had 2 (§3.2)
+}
+RECIPES = {  # the first row of a recipe and data set has the default optimizer
+    ("modern", "cifar10", "sgd"): {"epochs": 60, "lr": 0.01, **SGD, **MODERN},
+    ("modern", "cifar10", "adam"): {"epochs": 60, "lr": 2e-4, **ADAM, **MODERN},
+    ("modern", "cifar10", "adamw"): {"epochs": 60, "lr": 2e-4, **ADAMW, **MODERN},
+    ("modern", "shapes", "sgd"): {"epochs": 4, "lr": 0.01, **SGD, **MODERN, **SMALL},
+    ("modern", "shapes", "adam"): {"epochs": 4, "lr": 1e-4, **ADAM, **MODERN, **SMALL},
+    ("modern", "shapes", "adamw"): {"epochs": 4, "lr": 1e-4, **ADAMW, **MODERN, **SMALL},
+    # An hour on two CPU cores.
+    ("fast", "cifar10", "adam"): {"epochs": 8, "lr": 4e-4, **ADAM, **MODERN},
+    # §5: 90 epochs, batches of 128, and 0.01, which diverges here (docs/faithful.md).
+    ("paper", "cifar10", "sgd"): {"epochs": 90, "lr": 1e-3, **SGD, **PAPER},
+    ("paper", "shapes", "sgd"): {"epochs": 4, "lr": 1e-3, **SGD, **PAPER, **SMALL},
+}
+RECIPE_NAMES = ("modern", "fast", "paper")
+DEFAULTS = {
+    "recipe": "modern",
+    "dataset": "cifar10",
+    "data_dir": DEFAULT_DATA_DIR,
+    "train_split": "train",
+    "seed": 0,
+    "device": "auto",
+    "precision": "auto",
+    "compile": False,
+    "deterministic": False,
+    "save_every": 3.0,
+    "tensorboard": False,
+}
+# What runs did before an option existed, whatever the recipes have now.
+BEFORE = {**DEFAULTS, **FIRST, "nesterov": False}
+MIXES = {  # pairs of images and their labels in every batch, with the papers' alpha for CIFAR-10
+    "none": None,
+    "mixup": functools.partial(v2.MixUp, alpha=1.0),  # Zhang et al. 2018, arXiv 1710.09412
+    "cutmix": functools.partial(v2.CutMix, alpha=1.0),  # Yun et al. 2019, arXiv 1905.04899
+}
+# Settings that --resume may change; any other would make it another experiment.
+CHANGEABLE = (
+    *("epochs", "data_dir", "device", "compile", "deterministic", "save_every", "tensorboard"),
+)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line; what is not given is not in the result."""
+    parser = OneLineParser(description="Train AlexNet.", argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    flag = argparse.BooleanOptionalAction  # --no-x takes back what the recipe or the run has
+    add("--recipe", choices=RECIPE_NAMES, help="sets other defaults; default: modern")
+    add("--dataset", choices=DATASETS, help="default: cifar10")
+    add("--data-dir", help=f"where CIFAR-10 is or goes; default: {DEFAULT_DATA_DIR}")
+    add(
+        "--train-split",
+        choices=("train", "full"),
+        help="full: train on the validation images too, once all choices are made; default: train",
+    )
+    add("--train-images", type=positive_int, metavar="N", help="use so many; default: all")
+    add("--optimizer", choices=OPTIMIZERS, help="default: sgd, adam for fast")
+    add("--epochs", type=positive_int, help=recipe_defaults("epochs"))
+    add("--batch-size", type=positive_int, help=recipe_defaults("batch_size"))
+    add("--lr", type=positive_float, help=f"the highest; {recipe_defaults('lr')}")
+    add("--momentum", type=fraction, help=f"of sgd; {recipe_defaults('momentum')}")
+    add("--nesterov", action=flag, help=f"momentum of sgd; {recipe_defaults('nesterov')}")
+    add("--weight-decay", type=fraction, help=recipe_defaults("weight_decay"))
+    factor = {"type": non_negative_float, "metavar": "FACTOR"}
+    add("--bias-lr-factor", **factor, help=f"times --lr; {recipe_defaults('bias_lr_factor')}")
+    add(
+        "--bias-decay-factor",
+        **factor,
+        help=f"times --weight-decay; {recipe_defaults('bias_decay_factor')}",
+    )
+    add("--schedule", choices=("cosine", "plateau"), help=recipe_defaults("schedule"))
+    add("--warm-up", type=fraction, help=f"share of cosine's steps; {recipe_defaults('warm_up')}")
+    add("--label-smoothing", type=fraction, help=recipe_defaults("label_smoothing"))
+    add("--mix", choices=MIXES, help=f"pairs of images; {recipe_defaults('mix')}")
+    add(
+        "--ema",
+        type=fraction,
+        metavar="DECAY",
+        help=f"evaluate a moving average of the weights; {recipe_defaults('ema')}",
+    )
+    add("--init", choices=INITS, help=f"first weights and biases; {recipe_defaults('init')}")
+    add("--input", choices=INPUTS, help=recipe_defaults("input"))
+    add("--augmentation", choices=AUGMENTATIONS, help=recipe_defaults("augmentation"))
+    add("--groups", type=int, choices=CHOICES["groups"], help=recipe_defaults("groups"))
+    add("--activation", choices=CHOICES["activation"], help=recipe_defaults("activation"))
+    add("--norm", choices=CHOICES["norm"], help=recipe_defaults("norm"))
+    add("--pooling", choices=CHOICES["pooling"], help=recipe_defaults("pooling"))
+    add("--dropout", type=fraction, help=recipe_defaults("dropout"))
+    add(
+        "--seed", type=non_negative_int, help="of weights, order, augmentation, dropout; default: 0"
+    )
+    add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
+    add("--precision", choices=("auto", "fp32", "bf16"), help="default: auto")
+    add("--compile", action=flag, help="let torch.compile fuse the network; for GPUs")
+    add("--deterministic", action=flag, help="the same bits each time on a GPU too; slower")
+    add("--save-every", type=positive_float, metavar="MINUTES", help="save that often; default: 3")
+    add("--tensorboard", action=flag, help="log to the run's folder for TensorBoard as well")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output-dir", type=Path, help="default: a new one in runs")
+    where.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a stopped run")
+    return parser
+
+
+def recipe_defaults(name: str) -> str:
+    """For --help: the option's default, and which recipes have another."""
+    values = {key: recipe[name] for key, recipe in RECIPES.items() if name in recipe}
+    first = values["modern", "cifar10", "sgd"]
+    others = [f"{value} for {' '.join(key)}" for key, value in values.items() if value != first]
+    return f"default: {', '.join([str(first), *others])}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings of a run: new ones, and those of an earlier start
+# ---------------------------------------------------------------------------------------------
+
+
+def new_config(given: dict) -> dict:
+    """Every setting of a new run: what was given, else the recipe's."""
+    config = {**DEFAULTS, **given}
+    key = config["recipe"], config["dataset"]
+    optimizers = [optimizer for *place, optimizer in RECIPES if tuple(place) == key]
+    config["optimizer"] = given.get("optimizer", optimizers[0] if optimizers else None)
+    if config["optimizer"] not in optimizers:
+        where = f"--optimizer {' or '.join(optimizers)}" if optimizers else "--dataset cifar10"
+        raise UserError(f"--recipe {config['recipe']} is for {where}; leave one of the two out")
+    recipe = RECIPES[*key, config["optimizer"]]
+    for name in ("momentum", "nesterov"):
+        if name in config and name not in recipe:
+            raise UserError(f"{as_option(name)} is for --optimizer sgd; leave it out")
+    config = {**recipe, **config}
+    if config["schedule"] == "plateau" and config["warm_up"] != recipe["warm_up"]:
+        raise UserError("--warm-up is for --schedule cosine; leave it out")
+    check_config(config)
+    return config
+
+
+def check_config(config: dict) -> None:
+    """Raises UserError for settings that do not go together."""
+    if config["train_split"] == "full" and config["schedule"] == "plateau":
+        raise UserError("--schedule plateau watches the validation images; use --train-split train")
+    if config.get("nesterov") and not config["momentum"]:
+        raise UserError("--nesterov needs a --momentum above 0")
+
+
+def run_name(config: dict) -> str:
+    """For people: the data set, the optimizer and the recipe."""
+    how = {"modern": "", "fast": ", fast recipe", "paper": ", the paper's recipe"}
+    optimizer = OPTIMIZERS[config["optimizer"]].__name__
+    return f"AlexNet on {DATASETS[config['dataset']]}, {optimizer}{how[config['recipe']]}"
+
+
+def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
+    """The settings of the run in run_dir with the given changes, and its earlier starts.
+
+    Raises UserError if there is no run, or for changes that would make it another experiment.
+    """
+    path = run_dir / "config.json"
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no ordinary file")  # a pipe could be endless
+        record = json.loads(path.read_text())
+        if record["settings"].keys() & {"resume", "output_dir", "help"}:
+            raise ValueError("it has more than settings")
+        settings = vars(make_parser().parse_args(as_command_line(record["settings"])))
+        config = recorded_config(settings)
+        # The first version of this program noted one start only.
+        starts = list(record["starts"]) if "starts" in record else [record["environment"]]
+    except FileNotFoundError:
+        raise UserError(f"--resume {run_dir}: there is no run in it (no config.json)") from None
+    except (OSError, *DAMAGE_ERRORS, UserError) as error:  # RecursionError is a RuntimeError
+        raise UserError(f"{path} is not the record of a run ({error})") from None
+    if given.get("precision") == "auto":  # what was chosen is recorded
+        del given["precision"]
+    for name, value in given.items():
+        if name not in CHANGEABLE and value != config.get(name):
+            raise UserError(
+                f"{as_option(name)} {value} would make it another experiment than {run_dir}, "
+                f"which has {config.get(name)}: leave it out, or start a new run"
+            )
+    # Where a run of someone else had its data, nothing is to be downloaded to.
+    config["data_dir"] = str(data_dir_of(config))
+    return {**config, **given}, starts
+
+
+def data_dir_of(training: dict) -> Path:
+    """Where the run had CIFAR-10, if it is still there, else the default folder."""
+    folder = Path(str(training.get("data_dir", DEFAULT_DATA_DIR)))
+    return folder if (folder / CIFAR10.base_folder).is_dir() else Path(DEFAULT_DATA_DIR)
+
+
+def recorded_config(settings: dict) -> dict:
+    """Every setting of a run that recorded these; what was no option then, it did as BEFORE says.
+
+    Recipes are not asked: they may have changed since. Raises KeyError if one is missing that every
+    run recorded, UserError for settings that do not go together.
+    """
+    # In the record's order, so that a resumed run's files are the same to the byte.
+    config = settings | {name: BEFORE[name] for name in BEFORE if name not in settings}
+    always = ["optimizer", "epochs", "lr", "weight_decay"]
+    if config["optimizer"] == "sgd":
+        always.append("momentum")
+    else:
+        del config["nesterov"]
+    missing = [name for name in always if name not in config]
+    if missing:
+        raise KeyError(missing[0])
+    check_config(config)
+    return config
+
+
+def as_option(name: str) -> str:
+    """The option that sets a setting: bias_lr_factor is --bias-lr-factor."""
+    return "--" + name.replace("_", "-")
+
+
+def as_command_line(settings: dict) -> list[str]:
+    """The options of train.py that give these settings."""
+    flags = {True: "--", False: "--no-"}
+    return [
+        as_option(name).replace("--", flags[value], 1)
+        if isinstance(value, bool)
+        else f"{as_option(name)}={value}"
+        for name, value in settings.items()
+    ]
