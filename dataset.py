@@ -92,9 +92,9 @@ class Preprocessing:
         """
         value = torch.arange(256, dtype=torch.float64)
         counts = [channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]
-        share = torch.stack(counts).double() * 3 / images.numel()
-        mean = share @ value
-        std = (share @ value**2 - mean**2).sqrt()
+        frequency = torch.stack(counts).double() * 3 / images.numel()
+        mean = frequency @ value
+        std = (frequency @ value**2 - mean**2).sqrt()
         return cls(
             mean.tolist(),
             std.tolist() if input == "standardised" else [1.0] * 3,
@@ -167,9 +167,11 @@ def _to_split(cifar: CIFAR10) -> Split:
 
 
 def _make_data_dir(data_dir: Path) -> None:
-    if data_dir == Path(DEFAULT_DATA_DIR) and not data_dir.exists():
+    if data_dir == Path(DEFAULT_DATA_DIR):
         try:
-            data_dir.mkdir()
+            data_dir.mkdir(exist_ok=True)
+        except FileExistsError:
+            pass  # a file, which is refused below
         except OSError as error:
             raise UserError(f"cannot make the folder {data_dir}: {error.strerror}") from None
     if not data_dir.is_dir():
@@ -205,7 +207,10 @@ def _fetch_cifar10(data_dir: Path) -> None:
             f"{archive} is damaged (its MD5 is not {CIFAR10.tgz_md5}); delete it and run again"
         )
     if not os.access(data_dir, os.W_OK):
-        raise UserError(f"{data_dir} is not writable, and CIFAR-10 is not in it; use --data-dir")
+        raise UserError(
+            f"{data_dir} is not writable, and not all of {CIFAR10.base_folder} is in it; unpack "
+            f"{CIFAR10.filename} elsewhere, and name that folder with --data-dir"
+        )
     # Unpacked aside, so that an interruption leaves nothing that looks like the data.
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpacking-") as aside:
         try:
@@ -242,7 +247,8 @@ def _no_cifar10(data_dir: Path, error: Exception) -> str:
 # Shapes: ten classes drawn by this program
 # ---------------------------------------------------------------------------------------------
 
-# The depth (above 0 inside) of a point at x, y and the distance r from the centre, in radii.
+# How deep inside the shape the point x, y lies (outside: below 0), which is r from the centre. The
+# unit is the shape's radius.
 SHAPES = {
     "disc": lambda x, y, r: 0.75 - r,
     "ring": lambda x, y, r: 0.2 - abs(r - 0.75),
@@ -309,8 +315,15 @@ def _coverage(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------
 
 
-AUGMENTATIONS = ("shift", "affine", "cutout", "strong", "paper", "none")
 COLOUR_NOISE = 0.1  # deviation of the factors alpha (paper §4.1; 2012 source: color_noise_coeff)
+AUGMENTATIONS = {  # what they change of the defaults of Augmentation
+    "shift": {},
+    "affine": {"rotation": 15.0, "zoom": 1.2},
+    "cutout": {"cutout": 12},
+    "strong": {"rotation": 15.0, "zoom": 1.2, "cutout": 12},
+    "paper": {"crop": True, "divisor": 1 + COLOUR_NOISE},
+    "none": {"flip": False, "shift": 0.0},
+}
 
 
 @dataclass
@@ -340,25 +353,12 @@ class Augmentation:
 
     @classmethod
     def of(cls, name: str, images: Tensor) -> "Augmentation":
-        """The augmentation called name for uint8 training images [N, 3, H, W].
+        """One of AUGMENTATIONS for uint8 training images [N, 3, H, W].
 
-        All but "none" mirror. "shift" also shifts, "affine" shifts, turns and zooms, "cutout"
-        shifts and cuts out, "strong" does all of that and adds colour noise, and "paper" crops and
-        adds colour noise (paper §4.1).
+        "strong" and "paper" (§4.1) have colour noise as well, made of these images' colours.
         """
-        if name == "none":
-            return cls(flip=False, shift=0)
-        if name == "paper":
-            colours = principal_components(images)
-            return cls(crop=True, colours=colours, divisor=1 + COLOUR_NOISE)
-        augmentation = cls()
-        if name in ("affine", "strong"):
-            augmentation.rotation, augmentation.zoom = 15.0, 1.2
-        if name in ("cutout", "strong"):
-            augmentation.cutout = 12
-        if name == "strong":
-            augmentation.colours = principal_components(images)
-        return augmentation
+        colours = principal_components(images) if name in ("strong", "paper") else None
+        return cls(**AUGMENTATIONS[name], colours=colours)
 
 
 def principal_components(images: Tensor) -> Tensor:
@@ -398,7 +398,7 @@ def resample(
         preprocessing: mean, std and output size S.
         noise: float [N, 3], added to every pixel of an image, in 0..255.
         hidden: bool [N, 1, H, W], the pixels to be replaced by the mean colour.
-        divisor: of the image without its mean and with its noise.
+        divisor: of the image without its mean and with its noise; 1 without noise.
 
     Returns float32 [N, 3, S, S], channels last. The identity map gives what
     torch.nn.functional.interpolate(mode="bilinear") gives.

@@ -1,6 +1,6 @@
 """Evaluates a checkpoint: python evaluate.py runs/cifar10-sgd/best.pt [--views 10]
 
-The network, its preprocessing and its data set are rebuilt from the checkpoint alone.
+Network and preprocessing are rebuilt from the checkpoint alone, which also names the data set.
 """
 
 import argparse
@@ -48,8 +48,8 @@ from utils import (
 # The same in training and evaluation, so that both compute the same validation accuracy.
 BATCH_SIZE = 250
 CALIBRATION_BINS = 15
-FIGURE_IMAGES = 8  # test images in a figure
-NEIGHBOURS = 6  # of a test image, as in the paper's Fig. 4
+FIGURE_IMAGES = 8  # in a figure
+NEIGHBOURS = 6  # of an image, as in the paper's Fig. 4
 
 
 def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
@@ -104,6 +104,8 @@ def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing
         if weight.dtype != torch.float32 or weight.layout != torch.strided or weight.is_meta:
             raise ValueError("a weight is not made of float32 numbers")
     classes, training = checkpoint["classes"], checkpoint["training"]
+    if not isinstance(classes, list):
+        raise TypeError("the classes are no list")
     if len(classes) != network.config["num_classes"] or not all(map(str.isprintable, classes)):
         raise ValueError("the classes do not fit the network")
     for numbers in (preprocessing.mean, preprocessing.std):
@@ -155,8 +157,8 @@ def in_batches(
     batches = plain_batches(images, preprocessing, BATCH_SIZE, view)
     total = math.ceil(len(images) / BATCH_SIZE)
     results = []
-    hidden = Processes().rank > 0 or None  # None: shown on a terminal
-    for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=hidden):
+    no_bar = Processes().rank > 0 or None  # None: shown on a terminal
+    for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=no_bar):
         with autocast(images.device, precision):
             results.append(function(batch).float())
     return torch.cat(results)
@@ -205,7 +207,7 @@ def calibration(logits: Tensor, labels: Tensor) -> tuple[float, list[dict]]:
     The mean distance between confidence, the likeliest class's probability, and accuracy over 15
     bins of equal width, weighted by their images (Guo et al., ICML 2017, §2, eq. 3).
     """
-    confidence, predicted = logits.double().cpu().softmax(1).max(1)
+    confidence, predicted = logits.cpu().double().softmax(1).max(1)  # not every GPU has float64
     correct = (predicted == labels.cpu()).double()
     edges = torch.linspace(0, 1, CALIBRATION_BINS + 1, dtype=torch.float64)
     index = torch.bucketize(confidence, edges[1:-1])

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
+NO_TICKS = {"xticks": [], "yticks": []}
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 SERIES = ((BLUE, "o"), (ORANGE, "s"), ("#009E73", "^"), ("#000000", "D"))  # colours and markers
@@ -31,6 +32,11 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
+def as_text(name: str) -> str:
+    """A file's name as matplotlib draws it: between two $ it reads a formula."""
+    return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
 def learning_curves(history: list[dict], title: str) -> Figure:
     """Loss and accuracy by epoch, training and validation.
 
@@ -39,7 +45,10 @@ def learning_curves(history: list[dict], title: str) -> Figure:
             (0..1), as in metrics.csv; val_* are None if nothing was held out.
         title: what the run is.
     """
-    splits = {"train": ("training (with dropout)", ORANGE, "s"), "val": ("validation", BLUE, "o")}
+    splits = {
+        "train": ("training (during the epoch)", ORANGE, "s"),
+        "val": ("validation", BLUE, "o"),
+    }
     if history[0]["val_loss"] is None:
         del splits["val"]
     figure = Figure(figsize=(9, 3.8), layout="constrained")
@@ -261,7 +270,7 @@ def likeliest(pictures: list, captions: list[str], results: list[list[dict]]) ->
         row, column = 2 * (place // columns), place % columns
         image_axes, bar_axes = grid[row, column], grid[row + 1, column]
         image_axes.imshow(np.asarray(picture).transpose(1, 2, 0), interpolation="nearest")
-        image_axes.set_title(f"{caption:.24}", fontsize=10)
+        image_axes.set_title(as_text(f"{caption:.24}"), fontsize=10)
         for height, item in enumerate(result[:5]):
             colour = ORANGE if item.get("right") else BLUE
             bar_axes.barh(height, item["probability"], color=colour, alpha=0.45)
@@ -302,16 +311,14 @@ def neighbours(queries: list, nearest: list[list], captions: list[str]) -> Figur
     """
     rows, columns = len(queries), 1 + len(nearest[0])
     figure = Figure(figsize=(1.15 * columns + 1.2, 1.2 * rows + 0.4), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    grid = figure.subplots(rows, columns, squeeze=False, subplot_kw=NO_TICKS)
     for axes, query, others, caption in zip(grid, queries, nearest, captions, strict=True):
         for place, picture in zip(axes, (query, *others), strict=True):
             place.imshow(np.asarray(picture).transpose(1, 2, 0), interpolation="nearest")
-            place.set_xticks([])
-            place.set_yticks([])
         axes[0].set_ylabel(caption, rotation=0, ha="right", va="center")
         for side in axes[0].spines.values():
             side.set(color=ORANGE, linewidth=2.5)
-    grid[0, 0].set_title("test", fontsize=10)
+    grid[0, 0].set_title("image", fontsize=10)
     grid[0, 1].set_title("nearest training images", fontsize=10, loc="left")
     return figure
 
@@ -384,10 +391,7 @@ def feature_maps(picture, maps: dict[str, np.ndarray]) -> Figure:
     """
     count = 8
     figure = Figure(figsize=(9, 1.05 * len(maps) + 1.2), layout="constrained")
-    grid = figure.subplots(len(maps) + 1, count, squeeze=False)
-    for axes in grid.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
+    grid = figure.subplots(len(maps) + 1, count, squeeze=False, subplot_kw=NO_TICKS)
     for axes in grid[0, 1:]:
         axes.axis("off")
     grid[0, 0].imshow(np.asarray(picture).transpose(1, 2, 0), interpolation="nearest")
@@ -463,7 +467,7 @@ def main() -> None:
     args = parse_arguments()
     if len(args.runs) > len(SERIES):
         raise UserError(f"{len(args.runs)} runs are too many for one picture; name at most four")
-    histories = {run.name: read_history(run) for run in args.runs}
+    histories = {as_text(str(run)): read_history(run) for run in args.runs}
     save_figure(compared_curves(histories, args.against), args.output)
     print(f"wrote {args.output}")
 

@@ -56,7 +56,7 @@ class Processes:
     def disconnect(self) -> None:
         """Ends together: the first may still be writing, and torchrun ends all when one exits."""
         if self.count > 1:
-            self.highest(0)
+            self.wait_for_all()
             dist.destroy_process_group()
 
     def select_device(self, name: str) -> torch.device:
@@ -72,7 +72,7 @@ class Processes:
         if self.local_rank >= gpus:
             raise UserError(
                 f"torchrun started more processes than this machine has GPUs ({gpus}); "
-                f"use --nproc_per_node={gpus} or --device cpu"
+                f"{f'use --nproc_per_node={gpus} or' if gpus else 'use'} --device cpu"
             )
         device = select_device(f"cuda:{self.local_rank}")
         torch.cuda.set_device(device)  # NCCL takes the current one
@@ -105,6 +105,10 @@ class Processes:
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         return highest.tolist()
 
+    def wait_for_all(self) -> None:
+        """Returns once every process has called it."""
+        self.highest(0)
+
     def from_first(self, function: Callable[[], T]) -> T:
         """What function() returns in the first process, which alone calls it, in each of them."""
         values = [function() if self.rank == 0 else None]
@@ -116,10 +120,10 @@ class Processes:
     def one_before_the_others(self) -> Iterator[None]:
         """On each machine one process goes first, and downloads what the others then find."""
         if self.local_rank > 0:
-            self.highest(0)
+            self.wait_for_all()
         yield
         if self.local_rank == 0:
-            self.highest(0)
+            self.wait_for_all()
 
 
 def is_connection_lost(error: RuntimeError) -> bool:

@@ -153,7 +153,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--top", type=positive_int, default=3, metavar="N", help="classes to name; default: 3")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--json", type=output_file, metavar="FILE", help="write all probabilities to FILE")
-    add("--figure", type=output_file, metavar="FILE", help="draw the pictures as a PNG")
+    add("--figure", type=output_file, metavar="FILE", help=f"draw the first {SHOWN} as a PNG")
     return parser.parse_args()
 
 
@@ -173,8 +173,8 @@ def main() -> int:
     results = []
     if pictures:
         probabilities = classifier.probabilities(torch.stack(pictures))
-        count = len(classifier.classes) if args.json else args.top
-        results = [likeliest(row, classifier.classes, count) for row in probabilities]
+        classes = classifier.classes
+        results = [likeliest(row, classes, len(classes)) for row in probabilities]
     for name, result in zip(names, results, strict=True):
         words = [f"{item['class']} {item['probability']:.1%}" for item in result[: args.top]]
         print(f"{name}: {', '.join(words)}")

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -254,7 +255,9 @@ def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
 def data_dir_of(training: dict) -> Path:
     """Where the run had CIFAR-10, if it is still there, else the default folder."""
     folder = Path(str(training.get("data_dir", DEFAULT_DATA_DIR)))
-    return folder if (folder / CIFAR10.base_folder).is_dir() else Path(DEFAULT_DATA_DIR)
+    # Unlike Path.is_dir(), which may raise an error for a folder that is closed to this user.
+    there = os.path.isdir(folder / CIFAR10.base_folder)
+    return folder if there else Path(DEFAULT_DATA_DIR)
 
 
 def recorded_config(settings: dict) -> dict:

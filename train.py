@@ -877,9 +877,9 @@ def main() -> int:
     try:
         with contextlib.closing(prepare(vars(arguments), processes)) as run:
             code = train_and_report(run)
+        processes.disconnect()
     except RuntimeError as error:
         raise explained(error) from None
-    processes.disconnect()
     return code
 
 

@@ -61,6 +61,7 @@ class UserError(Exception):
 
 def run_script(main) -> None:
     """Calls main() and exits with its code; what a user can cause becomes one line and code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
         code = _code_of(main)
         sys.stdout.flush()
@@ -232,11 +233,8 @@ def select_precision(name: str, device: torch.device) -> str:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    if hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    # The same question to torch versions without the public function.
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -333,7 +333,7 @@ BAD_PARTS = {
         {"norm": torch.ones(2)},
     ],
     "weights": [None, {}, {"conv1.weight": torch.zeros(1)}],
-    "classes": [None, ["a"], [1, 2, 3], ["a", "b", "\x1b[31m"]],
+    "classes": [None, ["a"], dict.fromkeys(CLASSES), [1, 2, 3], ["a", "b", "\x1b[31m"]],
     "preprocessing": [
         None,
         {"mean": [0.0], "std": [1.0]},

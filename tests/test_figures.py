@@ -168,7 +168,7 @@ def test_feature_maps_are_the_strongest_channels():
 
 
 def write_run(folder, *rows):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     lines = ["epoch,step,lr,train_loss,train_accuracy,val_loss,val_accuracy", *rows]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     times = [f"{number},90.0,500.0," for number in range(1, len(rows) + 1)]
@@ -192,6 +192,20 @@ def test_curves_of_several_runs_are_laid_over_each_other(tmp_path, monkeypatch, 
     figures.main()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == "wrote curves.png\n"
+
+
+def test_runs_of_one_name_in_two_folders_are_two_curves(tmp_path, monkeypatch):
+    """In names that matplotlib would read as a formula, and could not."""
+    write_run(tmp_path / "$a_$" / "run", "1,5,0.1,2,0.1,1.5,0.2")
+    write_run(tmp_path / "$b_$" / "run", "1,5,0.1,2,0.1,0.5,0.75")
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    draw = figures.compared_curves
+    monkeypatch.setattr(figures, "compared_curves", lambda *a: drawn.append(draw(*a)) or drawn[0])
+    monkeypatch.setattr("sys.argv", ["figures.py", "$a_$/run", "$b_$/run"])
+    figures.main()
+    labels = [line.get_label() for line in drawn[0].axes[0].lines]
+    assert labels == [r"\$a_\$/run", r"\$b_\$/run"]
 
 
 @pytest.mark.parametrize("row", ["", "1,5,0.1,2,0.1,x,0.2", "1,5", "1,5,0.1,2,0.1,,"])

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import struct
 import sys
 import zlib
@@ -13,6 +14,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import figures
 import predict
 from dataset import draw_shapes
 from evaluate import load_network
@@ -198,6 +200,21 @@ def test_bad_picture_is_skipped_and_the_code_says_so(folder, monkeypatch, capsys
     assert [line.count("%") for line in output.out.splitlines()] == [1, 1]
     assert output.err.count("\n") == 1
     assert output.err.startswith(f"predict.py: skipped: {folder}/notes.txt is no JPEG")
+
+
+def test_figure_has_five_classes_and_any_name(folder, monkeypatch, capsys):
+    """One that matplotlib would read as a formula, and one that is no text in UTF-8."""
+    figure = []
+    draw = figures.likeliest
+    monkeypatch.setattr(figures, "likeliest", lambda *a: figure.append(draw(*a)) or figure[0])
+    names = "$5_or_$6.png", os.fsdecode(b"caf\xe9.png")
+    for name in names:
+        shutil.copy(folder / "0.png", folder / name)
+    pictures = [folder / name for name in names]
+    assert run(monkeypatch, *pictures, "--top", 1, "--figure", folder / "f.png") == 0
+    assert r"caf\udce9.png: " in capsys.readouterr().out
+    bars = [axes for axes in figure[0].axes if axes.patches]
+    assert [len(axes.patches) for axes in bars] == [5, 5]
 
 
 def test_picture_from_a_pipe(folder, monkeypatch, capsys):
