@@ -165,6 +165,8 @@ def train_run(run_dir: Path, settings: dict, stop: StopRequest) -> None:
                 print(error, flush=True)
                 with atomic_write(run_dir / DIVERGED) as temporary:
                     temporary.write_text(f"{error}\n")
+            except RuntimeError as error:
+                raise train.explained(error) from None
     if outcome(run_dir, settings["epochs"]):
         for checkpoint in ("last.pt", "best.pt"):
             (run_dir / checkpoint).unlink(missing_ok=True)
@@ -252,22 +254,15 @@ def collect(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
 def report(args: argparse.Namespace) -> None:
     """Writes the tables and pictures of all runs that are over."""
     results, epochs = collect(args)
-    for name, columns, rows in (
-        ("ablation.csv", RESULTS, results),
-        ("epochs.csv", EPOCHS, epochs),
-    ):
-        write_csv(args.output_dir / name, columns, rows)
+    write_csv(args.output_dir / "ablation.csv", RESULTS, results)
+    write_csv(args.output_dir / "epochs.csv", EPOCHS, epochs)
     ideas = compare(results, args.ideas)
     if ideas:
         source = {"paper": "the paper says", "modern": "source"}[args.ideas]
         figure = figures.ablation(ideas, setting(args), source)
         figures.save_figure(figure, args.output_dir / "ablation.png")
-    errors = {
-        label: error_curves(epochs, name)
-        for label, name in (("ReLU", BASE), ("tanh", "tanh"))
-        if error_curves(epochs, name)
-    }
-    if len(errors) == 2:
+    errors = {"ReLU": error_curves(epochs, BASE), "tanh": error_curves(epochs, "tanh")}
+    if all(errors.values()):
         figure = figures.training_errors(errors, setting(args))
         figures.save_figure(figure, args.output_dir / "relu-and-tanh.png")
 

@@ -16,7 +16,7 @@ import signal
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,6 +66,10 @@ GROWTH_BATCH_SIZES = [2**i for i in range(11)]
 SECONDS_PER_TURN = 0.3  # short calls are repeated that long
 PROFILED_STEPS = 4
 OPERATIONS_SHOWN = 15
+TABLE_HEAD = (
+    f"{'':<46}{'batch':>6}  {'images/s':<24}{'times the textbook':<22}"
+    f"{'memory':>10}  {'of the peak':<16}"
+)
 MEAN, STD = [125.3, 123.0, 113.9], [63.0, 62.1, 66.7]  # of CIFAR-10, in 0..255
 
 
@@ -324,6 +328,8 @@ def synchronise(device: torch.device) -> None:
     """Waits until a GPU has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -336,14 +342,14 @@ def work(case: Case, connection, variables: dict) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this
     os.environ.update(variables)
     try:
-        answer(case, connection)
+        serve(case, connection)
     except (EOFError, ConnectionError):
         return
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         connection.send(UserError(f"measuring {case} failed ({str(error).splitlines()[0]})"))
 
 
-def answer(case: Case, connection) -> None:
+def serve(case: Case, connection) -> None:
     """Prepares the case when told to, then measures a turn each time: one process at a time."""
     connection.recv()
     if case.side != "textbook":
@@ -395,13 +401,6 @@ class Worker:
             raise result
         return result
 
-    def prepare(self) -> int | None:
-        """Returns the operations of a call, for a product."""
-        return self.ask("prepare")
-
-    def turn(self) -> None:
-        self.seconds.append(self.ask("turn"))
-
     def finish(self) -> int | None:
         """Ends the process. Returns its peak memory in MiB."""
         memory = self.ask("stop")
@@ -421,10 +420,10 @@ def measure(cases: list[Case], rounds: int) -> list[dict]:
     """A row for each case but the products, measured in turns."""
     workers = [Worker(case) for case in cases]
     try:
-        operations = [worker.prepare() for worker in workers]
+        operations = [worker.ask("prepare") for worker in workers]
         for _ in range(rounds):
             for worker in workers:
-                worker.turn()
+                worker.seconds.append(worker.ask("turn"))
         memory = [worker.finish() for worker in workers]
     finally:
         for worker in workers:
@@ -434,12 +433,11 @@ def measure(cases: list[Case], rounds: int) -> list[dict]:
         for worker, count in zip(workers, operations, strict=True)
         if count
     }
-    sides = [
-        (worker, memory_mib)
+    return [  # the first is the textbook's
+        row_of(worker, workers[0], memory_mib, peaks)
         for worker, memory_mib in zip(workers, memory, strict=True)
         if worker.case.side != "product"
     ]
-    return [row_of(worker, sides[0][0], memory_mib, peaks) for worker, memory_mib in sides]
 
 
 def row_of(worker: Worker, textbook: Worker, memory: int | None, peaks: dict) -> dict:
@@ -520,16 +518,15 @@ def sides_of(precision: str, with_compile: bool) -> list[tuple[str, str]]:
     return [*sides, ("compiled", precision)] if with_compile else sides
 
 
-def measure_growth(precision: str, device: torch.device) -> list[dict]:
-    """Time and memory of a training step by number of processes and batch size."""
-    most = torch.cuda.device_count() if device.type == "cuda" else 2
+def measure_growth(precision: str, device: torch.device) -> Iterator[dict]:
+    """Time and memory of a training step by number of processes and batch size, one by one."""
+    # Several processes need several devices, and cuda:1 is one.
+    most = {"cpu": 2, "cuda": torch.cuda.device_count()}.get(str(device), 1)
     counts = [2**i for i in range(most.bit_length()) if 2**i <= most]
     pairs = [(count, size) for count in counts for size in GROWTH_BATCH_SIZES if size >= count]
-    rows = []
     for count, batch_size in tqdm(pairs, "batch sizes", leave=False, disable=None):
         case = Case("step", "here", precision, batch_size, batch_size, str(device), 0)
-        rows.append({"processes": count, "batch_size": batch_size, **measure_together(case, count)})
-    return rows
+        yield {"processes": count, "batch_size": batch_size, **measure_together(case, count)}
 
 
 def measure_together(case: Case, count: int) -> dict:
@@ -594,37 +591,30 @@ def print_operations(rows: list[dict], batch_size: int) -> None:
         )
 
 
-def print_growth(rows: list[dict]) -> None:
-    """Speed and memory of a training step by batch size and number of processes."""
-    print("\ntraining step by batch size")
-    for row in rows:
-        memory = f", {row['peak_memory_mib']:,} MiB" if row["peak_memory_mib"] else ""
-        print(
-            f"{row['processes']} process{'es' if row['processes'] > 1 else ''}, "
-            f"batch {row['batch_size']}: {row['seconds']:.4g} s, "
-            f"{row['batch_size'] / row['seconds']:,.4g} images/s{memory}"
-        )
-
-
-def print_table(rows: list[dict]) -> None:
-    """Both sides of every part, with spread."""
-    print(
-        f"{'':<46}{'batch':>6}  {'images/s':<24}{'times the textbook':<22}"
-        f"{'memory':>10}  {'of the peak':<16}"
+def growth_line(row: dict) -> str:
+    """Speed and memory of a training step at a batch size and number of processes."""
+    memory = f", {row['peak_memory_mib']:,} MiB" if row["peak_memory_mib"] else ""
+    return (
+        f"{row['processes']} process{'es' if row['processes'] > 1 else ''}, "
+        f"batch {row['batch_size']}: {row['seconds']:.4g} s, "
+        f"{row['batch_size'] / row['seconds']:,.4g} images/s{memory}"
     )
-    for row in rows:
-        name = f"{PARTS[row['part']]}: {side_name(row)}"
-        rate, low, high = row["images_per_second"]
-        ratio = row["times_the_textbook"]
-        share = row.get("share_of_peak")
-        memory = f"{row['peak_memory_mib']:,} MiB" if row["peak_memory_mib"] else ""
-        print(
-            f"{name:<46}{row['batch_size']:>6}  "
-            f"{f'{rate:,.4g} ({low:,.4g} to {high:,.4g})':<24}"
-            f"{f'{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})':<22}"
-            f"{memory:>10}  "
-            f"{f'{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})' if share else '':<16}"
-        )
+
+
+def table_line(row: dict) -> str:
+    """A side of a comparison under TABLE_HEAD, with spread."""
+    name = f"{PARTS[row['part']]}: {side_name(row)}"
+    rate, low, high = row["images_per_second"]
+    ratio = row["times_the_textbook"]
+    share = row.get("share_of_peak")
+    memory = f"{row['peak_memory_mib']:,} MiB" if row["peak_memory_mib"] else ""
+    return (
+        f"{name:<46}{row['batch_size']:>6}  "
+        f"{f'{rate:,.4g} ({low:,.4g} to {high:,.4g})':<24}"
+        f"{f'{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})':<22}"
+        f"{memory:>10}  "
+        f"{f'{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})' if share else '':<16}"
+    )
 
 
 def side_name(row: dict) -> str:
@@ -632,8 +622,11 @@ def side_name(row: dict) -> str:
     return row["side"] if row["side"] == "textbook" else f"{row['side']}, {row['precision']}"
 
 
-def augmentation_share(rows: list[dict]) -> str | None:
-    """How much of a training step its batch takes to make, at the largest batch size measured."""
+def batch_making_share(rows: list[dict]) -> str | None:
+    """How much of a training step its batch takes to make, at the largest batch size measured.
+
+    In the last precision measured, which is the fastest.
+    """
     batch_size = max(row["batch_size"] for row in rows)
     ours = [row for row in rows if row["side"] == "here" and row["batch_size"] == batch_size]
     rates = {row["part"]: row["images_per_second"][0] for row in ours}
@@ -674,7 +667,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def save(results: dict, path: Path | None) -> None:
-    """Writes what there is so far: it took minutes, and what comes next may fail."""
+    """Writes all results so far, if there is a file for them."""
     if path:
         write_json(path, results)
 
@@ -698,28 +691,31 @@ def main() -> None:
     ]
     rows, operations, growth = [], [], []
     results = {"environment": about, "rows": rows, "operations": operations, "growth": growth}
+    # Each result is shown and saved at once: it took minutes, and the next may want more memory.
+    if comparisons:
+        print(TABLE_HEAD)
     for cases in tqdm(comparisons, "comparisons", leave=False, disable=None):
-        rows += measure(cases, args.rounds)
+        for row in measure(cases, args.rounds):
+            rows.append(row)
+            tqdm.write(table_line(row))
         save(results, args.json)
-    if "growth" in args.parts:
-        growth += measure_growth(precision, device)
-        save(results, args.json)
+    if rows:
+        if share := batch_making_share(rows):
+            print(share)
+        if args.figure:
+            figures.save_figure(figures.speed(rows, about["device"]), args.figure)
     if "operations" in args.parts:
         operations += measure_operations(precision, max(args.batch_sizes), device)
         save(results, args.json)
-
-    if rows:
-        print_table(rows)
-        if share := augmentation_share(rows):
-            print(share)
-    if operations:
         print_operations(operations, max(args.batch_sizes))
-    if growth:
-        print_growth(growth)
-    if args.figure and rows:
-        figures.save_figure(figures.speed(rows, about["device"]), args.figure)
-    if args.growth_figure and growth:
-        figures.save_figure(figures.growth(growth, about["device"]), args.growth_figure)
+    if "growth" in args.parts:
+        print("\ntraining step by batch size")
+        for row in measure_growth(precision, device):
+            growth.append(row)
+            tqdm.write(growth_line(row))
+            save(results, args.json)
+            if args.growth_figure:
+                figures.save_figure(figures.growth(growth, about["device"]), args.growth_figure)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 # source makes 55 by rounding up (layer.py, modulesX); PyTorch rounds down.
 IMAGE_SIZE = 227
 INITS = ("he", "2012", "as-printed")
-# The paper's ideas and what it compares each with; the network of 2012 has the first of each, and
-# had two groups.
+# The paper's ideas and what it compares each with. The network of 2012 has the first of each, but
+# two groups.
 CHOICES = {
     "groups": (1, 2),
     "activation": ("relu", "tanh"),
@@ -253,7 +253,8 @@ class AlexNet(nn.Module):
     def first(cls, seed: int, init: str = "he", **settings) -> "AlexNet":
         """The network with the first weights that this seed draws, the same at every call.
 
-        init is that of reset_parameters(), settings are those of AlexNet().
+        init is that of reset_parameters(), settings are those of AlexNet(). Seeds torch's own
+        generator, so that what is drawn next is the same too.
         """
         torch.manual_seed(seed)
         network = cls(**settings)
@@ -327,6 +328,7 @@ class AlexNet(nn.Module):
         """A table to print: each layer's output for one image, parameters and multiply-adds."""
         with torch.device("meta"):  # sizes without the work
             network, image = AlexNet(**self.config), torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        names = {layer: name for name, layer in network.named_children()}
         rows = []
 
         def note(layer: nn.Module, _, output: Tensor) -> None:
@@ -337,7 +339,6 @@ class AlexNet(nn.Module):
             size = " x ".join(map(str, output.shape[1:]))
             rows.append((names[layer], size, weights, products))
 
-        names = {layer: name for name, layer in network.named_children()}
         for layer in names:
             if not isinstance(layer, nn.Dropout) and layer is not network.activation:
                 layer.register_forward_hook(note)

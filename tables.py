@@ -19,9 +19,9 @@ MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.S)
 NOT_COMPARED = ("data_dir", "device", "save_every", "seed", "tensorboard")
 
 
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def markdown(header: list[str], rows: Iterable[Iterable[str]]) -> str:
     """A table in Markdown, a line for each row."""
-    lines = [list(header), ["---"] * len(list(header)), *rows]
+    lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -249,8 +249,8 @@ class Run:
         self.epoch = 0  # epochs finished
         self.step = 0  # steps done in the epoch under way
         self.stopped_by = 0  # the signal that a process got, once all of them know of it
-        # Of this process's images; summed over the processes, each step's mean loss and the right
-        # answers of the epoch under way.
+        # This process's part of each step's mean loss, and its right answers, in the epoch under
+        # way. Their sums over all processes are the whole batch's.
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.seconds = 0.0  # spent training in the epoch under way
@@ -512,6 +512,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
         loss = loss / batch_images
     (loss * run.processes.count).backward()  # the parallel network divides by it
     run.optimizer.step()
+    # To None, not 0: with --compile the next step overwrites the memory that they lie in.
     run.optimizer.zero_grad()
     if run.average:
         update_average(run.average, run.network, run.config["ema"], global_step)
@@ -526,7 +527,7 @@ def train(run: Run, stop: StopRequest) -> None:
             break  # an epoch that is over will be validated by whoever goes on with it
         finish_epoch(run)
         [is_save_due] = run.processes.highest(run.is_save_due())
-        if is_save_due:
+        if is_save_due and run.epoch < run.config["epochs"]:
             run.save()
     run.save()
 

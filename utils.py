@@ -243,7 +243,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def compiled(network: torch.nn.Module, device: torch.device):
-    """The network fused by torch.compile; on a GPU replayed as CUDA graphs, at one batch size."""
+    """The network fused by torch.compile; on a GPU replayed as CUDA graphs.
+
+    It is compiled anew for every other shape of input: to be called with one batch size only.
+    """
     torch.compiler.reset()  # an earlier run of this process counts against torch's limit
     mode = "reduce-overhead" if device.type == "cuda" else None
     return torch.compile(network, dynamic=False, mode=mode)
@@ -292,9 +295,10 @@ def _cpu_name() -> str:
 
 
 def peak_memory_mib(device: torch.device) -> int | None:
-    """The most memory taken so far: torch's on a CUDA GPU, else the process's; None if unknown.
+    """The most memory that this process has taken so far; None if unknown.
 
-    On a GPU with what torch keeps for later: the memory of CUDA graphs would else be left out.
+    On a CUDA GPU what torch has reserved there, not what tensors occupy: CUDA graphs keep theirs
+    reserved. Earlier runs of the process count, as in ablate.py.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) // 2**20

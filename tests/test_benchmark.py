@@ -108,11 +108,18 @@ def test_speed_changes_no_loss_and_no_gradient(
         assert difference < gradient_bound, name
 
 
-def test_speed_changes_no_training(shapes_batch):
-    """The same steps, fast in bf16 and plain in float32, learn a batch alike."""
-    images, labels = (part[:10] for part in shapes_batch)
-    fast = AlexNet(dropout=0.0).to(memory_format=torch.channels_last)
-    plain = copy_of(fast).eval()
+@pytest.mark.parametrize("device", FAST_PATHS)
+def test_speed_changes_no_training(shapes_batch, device):
+    """The same steps, fast in bf16 and plain in float32, learn a batch alike.
+
+    CUDA graphs are replayed from the third step on.
+    """
+    device, *options = device.split()
+    images, labels = (part[:10].to(device) for part in shapes_batch)
+    fast = AlexNet(dropout=0.0)
+    plain = copy_of(fast).eval().to(device)
+    fast.to(device, memory_format=torch.channels_last)
+    fast = compiled(fast, images.device) if options else fast
     losses = {}
     for network, precision in ((fast, "bf16"), (plain, "fp32")):
         optimizer = torch.optim.SGD(network.parameters(), lr=0.004, momentum=0.9)
