@@ -80,14 +80,6 @@ def test_ablation_from_the_runs_to_the_tables(ablation, monkeypatch, capsys):
     assert "holds an ablation with other settings" in capsys.readouterr().err
 
 
-def test_other_ideas_in_the_same_folder_are_added(ablation):
-    options = ("--ideas", "modern", "--seeds", 1, "--epochs", 1, "--only")
-    for idea in ("smoothing", "nesterov"):
-        assert ablation(*options, idea) == 0
-    assert [row["switch"] for row in rows("out/ablation.csv")] == ["base", "nesterov", "smoothing"]
-    assert {row["recipe"] for row in rows("out/ablation.csv")} == {"modern"}
-
-
 def test_ablation_from_before_there_were_later_ideas_goes_on(ablation):
     assert ablation("--seeds", 1, "--epochs", 1) == 0
     path = Path("out/ablation.json")
@@ -116,10 +108,12 @@ def test_diverged_run_is_a_result(ablation, monkeypatch):
     assert "the loss became nan" in Path("out/tanh-0/diverged.txt").read_text()
 
 
-def test_later_ideas_are_added_to_the_base(ablation):
-    options = ("--ideas", "modern", "--recipe", "modern", "--seeds", 1, "--epochs", 1)
-    assert ablation(*options, "--only", "smoothing", "nesterov") == 0
+def test_later_ideas_are_added_to_the_base_and_to_the_folder(ablation):
+    for idea in ("smoothing", "nesterov"):
+        options = ("--ideas", "modern", "--seeds", 1, "--epochs", 1, "--only", idea)
+        assert ablation(*options) == 0
     assert [row["switch"] for row in rows("out/ablation.csv")] == ["base", "nesterov", "smoothing"]
+    assert {row["recipe"] for row in rows("out/ablation.csv")} == {"modern"}
     settings = [
         json.loads(Path(f"out/{name}-0/config.json").read_text())["settings"]
         for name in ("base", "nesterov", "smoothing")

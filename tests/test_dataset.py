@@ -186,7 +186,10 @@ def test_random_maps_stay_in_range_and_mirror_half():
     maps = random_maps(4000, Augmentation(shift=4), torch.Generator().manual_seed(0))
     shift = maps[:, :, 2] * 16
     assert shift.abs().max() <= 4
-    assert shift.abs().max() > 3.9
+    for each in shift.T:
+        assert each.min() < -3.9
+        assert each.max() > 3.9
+    assert abs(np.corrcoef(shift.numpy().T)[0, 1]) < 0.05
     mirrored = maps[:, 0, 0] == -1
     assert 0.45 < mirrored.float().mean() < 0.55
     assert torch.equal(maps[:, :, :2].abs(), torch.eye(2).expand(4000, 2, 2))

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import sys
 
 import numpy as np
@@ -107,8 +108,10 @@ def test_exercises(capsys):
     assert json.loads(small) == pytest.approx([0.594] * 9, abs=1e-3)
 
 
-def test_programs(folder, monkeypatch):
-    assert run(monkeypatch, "train.py", "--recipe", "fast") == 0
+def test_programs(folder):
+    checkpoint = folder / "runs" / "cifar10-fast" / "best.pt"
+    checkpoint.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "first-version" / "last.pt", checkpoint)
     names = {}
     for program in blocks(README, "python"):
         exec(program, names)

@@ -9,6 +9,7 @@ from conftest import ROOT, rows
 
 import dataset
 import recipes
+from utils import UserError
 
 
 def test_paper_recipe_is_the_papers():
@@ -62,7 +63,8 @@ def test_record_is_what_was_run_whatever_the_recipes_are_now(monkeypatch):
             recipes.recorded_config({n: v for n, v in modern.items() if n != name})
 
 
-def test_run_from_before_the_recipes_is_resumed(tiny):
+def test_run_from_before_the_recipes_is_resumed(tiny, monkeypatch):
+    """By what runs did then, whatever the recipes have now."""
     assert tiny("--epochs", 1, "--output-dir", "whole") == 0
     shutil.copytree("whole", "old")
     old = ("dataset", "optimizer", "data_dir", "seed", "device", "precision", "save_every")
@@ -75,6 +77,7 @@ def test_run_from_before_the_recipes_is_resumed(tiny):
     last["model"] = {name: last["model"][name] for name in ("num_classes", "groups", "dropout")}
     del last["preprocessing"]["enlarged_size"]
     torch.save(last, "old/last.pt")
+    monkeypatch.setitem(recipes.RECIPES["modern", "shapes", "sgd"], "label_smoothing", 0.5)
     for folder in ("whole", "old"):
         assert tiny("--resume", folder, "--epochs", 2) == 0
     assert rows("old") == rows("whole")
@@ -83,6 +86,7 @@ def test_run_from_before_the_recipes_is_resumed(tiny):
 
 def test_flag_of_a_run_can_be_taken_back(tiny):
     assert tiny("--epochs", 1, "--output-dir", "run", "--deterministic") == 0
+    assert torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     assert tiny("--resume", "run", "--epochs", 2, "--no-deterministic") == 0
     assert not torch.are_deterministic_algorithms_enabled()
@@ -96,10 +100,12 @@ def test_run_data_dir_is_used_if_it_is_still_there(tmp_path):
     assert recipes.data_dir_of(training) == tmp_path
 
 
-def test_resume_refuses_another_experiment(tiny, capsys):
-    assert tiny("--epochs", 1, "--output-dir", "run") == 0
-    assert tiny("--resume", "run", "--lr", "0.5") == 2
-    assert "--lr 0.5 would make it another experiment" in capsys.readouterr().err
+def test_automatic_precision_is_that_of_the_run():
+    run = ROOT / "tests" / "first-version"
+    config, _ = recipes.resumed_config(run, {"precision": "auto"})
+    assert config["precision"] == "fp32"
+    with pytest.raises(UserError, match="--precision bf16 would make it another experiment"):
+        recipes.resumed_config(run, {"precision": "bf16"})
 
 
 BROKEN_RECORDS = ["", "{}", "[]", '{"settings": {"epochs": -1}}', "\x00", "[" * 200_000]

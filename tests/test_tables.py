@@ -5,10 +5,16 @@ import statistics
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, rows
 
 import tables
+from recipes import recorded_config
+from train import learning_rate, plateau_rate
 from utils import run_script
+
+EVALUATED = sorted(path.parent for path in (ROOT / "results").glob("*/test.json"))
+TRAINED = sorted(path.parent for path in (ROOT / "results").glob("*/metrics.csv"))
+IMAGES = {"cifar10": 10_000, "shapes": 1_000}  # in the test splits
 
 
 @pytest.fixture
@@ -53,6 +59,34 @@ def test_pages_agree_with_the_results():
     assert marked == tables.TABLES.keys()
     for page in pages:
         assert tables.fill(page) == page.read_text(), f"{page}: run python tables.py"
+
+
+@pytest.mark.parametrize("folder", EVALUATED, ids=[folder.name for folder in EVALUATED])
+def test_published_number_is_of_its_run(folder):
+    """On the whole test split, of the epoch that was the best on the validation images."""
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    test = json.loads((folder / "test.json").read_text())
+    assert test["dataset"] == settings["dataset"]
+    assert (test["split"], test["images"]) == ("test", IMAGES[settings["dataset"]])
+    right = sum(row[i] for i, row in enumerate(test["confusion_matrix"]))
+    assert test["accuracy"] == pytest.approx(right / test["images"])
+    accuracies = [float(row["val_accuracy"]) for row in rows(folder)]
+    assert test["epoch"] == 1 + accuracies.index(max(accuracies))
+    assert len(accuracies) == settings["epochs"]
+
+
+@pytest.mark.parametrize("folder", TRAINED, ids=[folder.name for folder in TRAINED])
+def test_learning_rate_of_a_published_run_is_that_of_the_code(folder):
+    config = recorded_config(json.loads((folder / "config.json").read_text())["settings"])
+    history = rows(folder)
+    if config["schedule"] == "plateau":
+        expected = [plateau_rate([], config["lr"])] * 3
+        assert len(history) == 3  # too few to stall
+    else:
+        total = int(history[0]["step"]) * config["epochs"]
+        places = [int(row["step"]) - 1 for row in history]
+        expected = [learning_rate(step, total, config["lr"], config["warm_up"]) for step in places]
+    assert [float(row["lr"]) for row in history] == pytest.approx(expected)
 
 
 def test_links_lead_to_the_results():
@@ -120,7 +154,7 @@ def test_seed_from_before_an_option_is_one_of_the_same_experiment(tmp_path, monk
 
 def test_single_seed_has_its_interval(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    write_run(tmp_path / "run", 0, 0.8)
+    write_run(tmp_path / "run", 0, 0.8, accuracies=(0.75, 0.5))
     row = tables.results_table().splitlines()[2]
     assert "| 1 | 75.0% | 80.0% (70.0% to 90.0%) | 81.0% | 3.0% |" in row
 

@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import csv
 import json
 import math
 import os
@@ -98,6 +99,7 @@ def test_step_waits_for_no_value(given, monkeypatch):
     monkeypatch.setattr(train, "autocast", lambda *_: contextlib.nullcontext())  # none for meta
     config = recipes.new_config({"dataset": "shapes", "precision": "fp32", **given})
     run = train.Run(Path("run"), config, dataset.draw_shapes(), torch.device("meta"), Processes())
+    assert (run.mix is None) == (config["mix"] == "none")
     for group in run.optimizer.param_groups:
         group["fused"] = False  # not for meta either
     arguments = run.train, run.preprocessing, run.augmentation, config["batch_size"], 0, 0
@@ -148,6 +150,18 @@ def test_parameter_groups_of_the_paper():
     assert [group["lr_factor"] for group in optimizer.param_groups] == [1, 2]
     [everything] = train.parameter_groups(network, recipes.new_config({}))
     assert len(everything["params"]) == 16
+
+
+def test_optimizers_are_those_asked_for():
+    with torch.device("meta"):
+        network = AlexNet()
+    for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+        optimizer = train.make_optimizer(network, recipes.new_config({"optimizer": name}))
+        assert type(optimizer) is kind
+    for nesterov in (False, True):
+        config = recipes.new_config({"nesterov": nesterov, "momentum": 0.8})
+        [group] = train.make_optimizer(network, config).param_groups
+        assert (group["nesterov"], group["momentum"]) == (nesterov, 0.8)
 
 
 def test_common_reading_starts_blind():
@@ -222,13 +236,25 @@ def test_mixed_images_hold_as_much_of_each_as_their_labels(name):
     assert 0 < targets.max(1).values.min() < 1
 
 
+def test_dropout_is_drawn_anew_for_each_seed_epoch_step_and_process():
+    masks = set()
+    layers = (torch.nn.Linear(4, 50), torch.nn.Dropout(), torch.nn.Linear(50, 3))
+    layers[1].register_forward_hook(lambda *call: masks.add((call[2] != 0).numpy().tobytes()))
+    for seed, *place in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):
+        run = bare_run(torch.nn.Sequential(*layers), seed=seed, lr=1e-30)
+        run.epoch, run.step, run.processes.rank = place
+        train.train_step(run, torch.ones(6, 4), torch.arange(6) % 3)
+    assert len(masks) == 5
+
+
 def test_average_of_the_weights():
     """By hand: it keeps 0.3 of itself at each step, but 1/10 and 2/11 at the first two."""
     network = torch.nn.Linear(4, 3)
     run = bare_run(network, lr=1.0, ema=0.3)
-    run.average = copy.deepcopy(network)
+    run.average, run.steps_per_epoch = copy.deepcopy(network), 2
     expected = network.weight.detach().clone()
-    for run.step, keep in enumerate((1 / 10, 2 / 11, 3 / 12, 0.3, 0.3)):
+    for step, keep in enumerate((1 / 10, 2 / 11, 3 / 12, 0.3, 0.3)):
+        run.epoch, run.step = divmod(step, 2)
         train.train_step(run, torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
         expected = keep * expected + (1 - keep) * network.weight.detach()
     torch.testing.assert_close(run.average.weight, expected)
@@ -268,9 +294,8 @@ def test_resume_with_damaged_weights_in_training(tiny, capsys):
         assert error.count("\n") == 1
 
 
-def test_history_has_numbers(tiny):
-    assert tiny("--epochs", 1, "--output-dir", "run") == 0
-    last = torch.load("run/last.pt")
+def test_history_has_numbers():
+    last = torch.load(ROOT / "tests" / "first-version" / "last.pt")
     train.check_progress(last, 5, validated=True)
     [row] = last["progress"]["history"]
     accuracy = row["val_accuracy"]
@@ -311,12 +336,15 @@ def test_full_split_trains_on_the_validation_images(tiny, capsys):
 
 
 def test_rate_falls_within_a_run_when_validation_stalls(tiny, monkeypatch):
-    """A network that never learns, as it is always validated by the same numbers."""
+    """A network that never learns, by the numbers it is validated with: the first is the best."""
+    accuracies = iter([0.1, 0.05, 0.1])
     monkeypatch.setattr(train, "PATIENCE", 1)
-    monkeypatch.setattr(train, "loss_and_accuracy", lambda *_: (2.3, 0.1))
+    monkeypatch.setattr(train, "loss_and_accuracy", lambda *_: (2.3, next(accuracies)))
     options = ("--recipe", "paper", "--epochs", 3, "--train-images", 10)
     assert tiny(*options, "--output-dir", "run") == 0
     assert [float(row["lr"]) for row in rows("run")] == pytest.approx([1e-3, 1e-3, 1e-4])
+    assert torch.load("run/best.pt")["epoch"] == 1
+    assert torch.load("run/last.pt")["epoch"] == 3
 
 
 def test_checkpoint_records_every_switch(tiny):
@@ -423,14 +451,18 @@ ADDITIONS = "--ema 0.9 --mix cutmix --augmentation strong --nesterov"
     ],
 )
 def test_interrupted_run_equals_an_uninterrupted_one(tiny, kind, last_step, monkeypatch):
-    """Stopped within an epoch, and after the last of its five steps, before its validation."""
+    """Stopped within an epoch, and after the last of its five steps, before its validation.
+
+    Twice, as by torchrun and a cluster's manager.
+    """
     options = (*kind.split(), "--epochs", 2)
     assert tiny(*options, "--output-dir", "whole") == 0
     step = train.train_step
 
     def terminate_in_second_epoch(run, images, labels):
         if run.epoch == 1 and run.step == last_step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
         return step(run, images, labels)
 
     monkeypatch.setattr(train, "train_step", terminate_in_second_epoch)
@@ -449,14 +481,43 @@ def test_interrupted_run_equals_an_uninterrupted_one(tiny, kind, last_step, monk
         assert same(whole, parts), name
 
 
-def test_seed_decides_the_run(tiny):
-    for name, seed in (("first", 0), ("same", 0), ("other", 1)):
-        assert tiny("--epochs", 1, "--seed", seed, "--output-dir", name) == 0
-    first, repeated, other = (
-        Path(name, "metrics.csv").read_bytes() for name in ("first", "same", "other")
-    )
-    assert first == repeated
-    assert first != other
+def test_batches_are_those_of_the_settings_and_the_seconds_those_of_the_epoch(tiny, monkeypatch):
+    """Each step takes a second; Ctrl-C comes in the eighth."""
+    seen, seconds = [], 0
+
+    def step(run, images, labels):
+        nonlocal seconds
+        seconds += 1
+        seen.append([images, labels])
+        if seconds == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        return torch.zeros(()), torch.zeros((), dtype=torch.int64)
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: float(seconds)))
+    monkeypatch.setattr(train, "train_step", step)
+    options = ("--epochs", 2, "--seed", 3, "--augmentation", "strong", "--output-dir", "run")
+    assert tiny(*options) == 128 + signal.SIGINT
+    assert tiny("--resume", "run") == 0
+    split = dataset.draw_shapes().train
+    how = Preprocessing.of(split.images), Augmentation.of("strong", split.images)
+    epochs = [list(map(list, training_batches(split, *how, 8, 3, epoch))) for epoch in (0, 1)]
+    assert same(seen, epochs[0] + epochs[1])
+    with open("run/timing.csv") as file:
+        assert [float(row["seconds"]) for row in csv.DictReader(file)] == [5, 5]
+
+
+def test_training_metrics_are_means_over_the_images_of_an_epoch(tiny):
+    """With a rate of nothing: those of the same weights, evaluated. Batches of 13, 13, 13 and 1."""
+    options = "--batch-size 13 --lr 1e-30 --dropout 0 --augmentation none --precision fp32"
+    network = "--init 2012 --input centred"  # whose first loss is not that of guessing
+    assert tiny(*f"{options} {network} --epochs 2 --output-dir run".split()) == 0
+    network, preprocessing, _ = load_network("run/best.pt")
+    split = dataset.draw_shapes().train
+    logits = predict(network, split.images, preprocessing, "fp32")
+    expected = loss_and_accuracy(logits, split.labels)
+    for row in rows("run"):
+        found = float(row["train_loss"]), float(row["train_accuracy"])
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_finished_run_can_be_lengthened(tiny, capsys):
@@ -468,6 +529,8 @@ def test_finished_run_can_be_lengthened(tiny, capsys):
     assert tiny("--resume", "run", "--epochs", 2) == 0
     assert [row["epoch"] for row in rows("run")] == ["1", "2"]
     assert json.loads(Path("run/config.json").read_text())["settings"]["epochs"] == 2
+    assert tiny("--resume", "run", "--epochs", 1) == 2
+    assert "--epochs 1 is less than the 2" in capsys.readouterr().err
 
 
 def test_run_killed_before_its_first_save_starts_over(tiny):
@@ -486,6 +549,7 @@ def test_run_of_the_first_version_is_resumed(tiny, capsys):
     assert tiny("--resume", "old") == 0
     assert "old has all its 1 epochs" in capsys.readouterr().out
     assert tiny("--resume", "old", "--lr", 0.5) == 2
+    assert "--lr 0.5 would make it another experiment" in capsys.readouterr().err
     assert tiny("--resume", "old", "--epochs", 2, "--precision", "fp32") == 0
     assert [row["epoch"] for row in rows("old")] == ["1", "2"]
 
@@ -522,11 +586,6 @@ def test_state_of_another_kind_is_refused(state):
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], momentum=0.9, fused=True)
     with pytest.raises(ValueError, match="the optimizer's state"):
         train.fitting_state(state, sgd)
-
-
-def test_automatic_precision_is_that_of_the_run(tiny):
-    assert tiny("--epochs", 1, "--output-dir", "run", "--precision", "auto") == 0
-    assert tiny("--resume", "run", "--precision", "auto") == 0
 
 
 def test_output_dir_may_hold_what_a_killed_process_had_begun(tiny):
@@ -619,10 +678,11 @@ def test_tensorboard_that_is_not_installed(tiny, monkeypatch, capsys):
     assert not Path("run").exists()
 
 
-def test_default_folder_is_a_new_one_each_time(tiny):
-    for _ in range(2):
-        assert tiny("--epochs", 1) == 0
-    assert sorted(p.name for p in Path("runs").iterdir()) == ["shapes-sgd", "shapes-sgd-2"]
+def test_default_folder_is_a_new_one_each_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in ("", "-2", "-3"):
+        made = train.make_run_dir(recipes.new_config({"dataset": "shapes"}), None)
+        assert made == Path(f"runs/shapes-sgd{number}")
 
 
 # --- Numbers that go wrong ----------------------------------------------------------------------
@@ -653,12 +713,6 @@ def test_weights_gone_wrong_are_not_saved(tiny, monkeypatch, capsys):
 
 
 # --- Bad input: one line, exit code 2, nothing left behind --------------------------------------
-
-
-def test_resume_refuses_fewer_epochs_than_done(tiny, capsys):
-    assert tiny("--epochs", 2, "--output-dir", "run") == 0
-    assert tiny("--resume", "run", "--epochs", "1") == 2
-    assert "--epochs 1" in capsys.readouterr().err
 
 
 def test_user_sees_one_line_from_the_real_script(tmp_path):
@@ -705,7 +759,7 @@ def test_resume_refuses_the_checkpoint_of_another_run(tiny, capsys):
 
 
 def test_resume_from_a_damaged_checkpoint(tiny, capsys):
-    assert tiny("--epochs", 1, "--output-dir", "run") == 0
+    shutil.copytree(ROOT / "tests" / "first-version", "run")
     with open("run/last.pt", "rb+") as file:
         file.truncate(1000)
     assert tiny("--resume", "run", "--epochs", 2) == 2

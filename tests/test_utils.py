@@ -9,6 +9,7 @@ from utils import (
     OneLineParser,
     UserError,
     atomic_write,
+    autocast,
     load_checkpoint,
     peak_memory_mib,
     run_script,
@@ -105,6 +106,21 @@ def test_parser_takes_no_abbreviations():
 def test_precision_asked_for_is_kept():
     for name in ("fp32", "bf16"):
         assert select_precision(name, torch.device("cpu")) == name
+
+
+def test_products_are_of_the_precision_chosen():
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with autocast(torch.device("cpu"), name):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")],
+)
+def test_automatic_precision_on_a_cpu(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert select_precision("auto", torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16")])
