@@ -267,7 +267,7 @@ def keep_freed_memory() -> None:
     """Lets the process reuse the memory of freed tensors; call it before the first tensor.
 
     glibc returns each large block to the system when it is freed, and the next one costs a page
-    fault per 4 KiB: over a quarter of a training step on a CPU. Does nothing without glibc.
+    fault per 4 KiB, in each training step. Does nothing without glibc.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: larger pages for large tensors
     m_trim_threshold, m_mmap_max = -1, -4  # from glibc's malloc.h

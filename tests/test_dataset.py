@@ -105,6 +105,9 @@ def test_real_cifar10(cifar10_dir):
     # Published numbers were chosen on these images: another split would make them another's.
     digest = hashlib.sha256(data.val.images.numpy().tobytes() + data.val.labels.numpy().tobytes())
     assert digest.hexdigest()[:16] == "fe1ecdd9ff329230"
+    # Too much for a noise of eigenvalues (docs/faithful.md, note 5).
+    pixels = data.train.images.movedim(1, 0).flatten(1).numpy()
+    assert np.linalg.eigvalsh(np.cov(pixels)).max() == pytest.approx(11163, abs=0.5)
 
 
 def test_channel_statistics(shapes):
