@@ -149,8 +149,16 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"evaluate a moving average of the weights; {recipe_defaults('ema')}",
     )
     add("--init", choices=INITS, help=f"first weights and biases; {recipe_defaults('init')}")
-    add("--input", choices=INPUTS, help=recipe_defaults("input"))
-    add("--augmentation", choices=AUGMENTATIONS, help=recipe_defaults("augmentation"))
+    add(
+        "--input",
+        choices=INPUTS,
+        help=f"minus the mean, divided by the deviation or not; {recipe_defaults('input')}",
+    )
+    add(
+        "--augmentation",
+        choices=AUGMENTATIONS,
+        help=f"of training images, see docs/training.md; {recipe_defaults('augmentation')}",
+    )
     add("--groups", type=int, choices=CHOICES["groups"], help=recipe_defaults("groups"))
     add("--activation", choices=CHOICES["activation"], help=recipe_defaults("activation"))
     add("--norm", choices=CHOICES["norm"], help=recipe_defaults("norm"))

@@ -14,6 +14,7 @@ from torch import nn
 
 import dataset
 import evaluate
+import recipes
 import train
 from dataset import Preprocessing, Split, draw_shapes
 from evaluate import (
@@ -101,7 +102,7 @@ def test_neighbours_have_the_nearest_features(monkeypatch):
 
 @pytest.mark.parametrize("init", ["he", "2012"])
 def test_first_network_is_the_one_that_training_began_with(init):
-    config = train.new_config({"seed": 7, "init": init, "groups": 2})
+    config = recipes.new_config({"seed": 7, "init": init, "groups": 2})
     began = train.make_network(config, 10)
     checkpoint = {"training": config, "model": began.config}
     assert torch.equal(first_network(checkpoint).conv1.weight, began.conv1.weight)
