@@ -61,7 +61,8 @@ class UserError(Exception):
 
 def run_script(main) -> None:
     """Calls main() and exits with its code; what a user can cause becomes one line and code 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
         code = _code_of(main)
         sys.stdout.flush()
