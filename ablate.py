@@ -100,6 +100,11 @@ WITH = {
     "affine": Switch({"augmentation": "affine"}, "turn and zoom", ""),
     "cutout": Switch({"augmentation": "cutout"}, "cutout", "DeVries and Taylor 2017, 1708.04552"),
     "strong": Switch({"augmentation": "strong"}, "turn, zoom, cutout,\ncolour noise", ""),
+    "growing": Switch(
+        {"augmentation": "strong", "augmentation_ramp": 0.5},
+        "the same, growing over\nhalf the epochs",
+        "",
+    ),
     "ema": Switch({"ema": 0.999}, "moving average\nof the weights, 0.999", ""),
     "dropout-0.3": Switch({"dropout": 0.3}, "dropout 0.3", ""),
 }

@@ -10,7 +10,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -359,6 +359,19 @@ class Augmentation:
         """
         colours = principal_components(images) if name in ("strong", "paper") else None
         return cls(**AUGMENTATIONS[name], colours=colours)
+
+    def at(self, strength: float) -> "Augmentation":
+        """This one with turns, zooms, squares and colour noise at a share of their size, 0..1.
+
+        Mirror images, shifts and crops stay as they are.
+        """
+        return replace(
+            self,
+            rotation=self.rotation * strength,
+            zoom=self.zoom**strength,
+            cutout=round(self.cutout * strength),
+            colours=None if self.colours is None else self.colours * strength,
+        )
 
 
 def principal_components(images: Tensor) -> Tensor:

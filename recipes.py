@@ -37,6 +37,7 @@ FIRST = {  # what runs did before these were options: old ones are read by it, s
     "init": "he",
     "input": "standardised",
     "augmentation": "shift",
+    "augmentation_ramp": 0.0,
     "mix": "none",
     "label_smoothing": 0.0,
     "schedule": "cosine",
@@ -159,6 +160,11 @@ def make_parser() -> argparse.ArgumentParser:
         choices=AUGMENTATIONS,
         help=f"of training images, see docs/training.md; {recipe_defaults('augmentation')}",
     )
+    add(
+        "--augmentation-ramp",
+        type=fraction,
+        help=f"share of the epochs in which it grows; {recipe_defaults('augmentation_ramp')}",
+    )
     add("--groups", type=int, choices=CHOICES["groups"], help=recipe_defaults("groups"))
     add("--activation", choices=CHOICES["activation"], help=recipe_defaults("activation"))
     add("--norm", choices=CHOICES["norm"], help=recipe_defaults("norm"))
@@ -218,6 +224,8 @@ def check_config(config: dict) -> None:
         raise UserError("--schedule plateau watches the validation images; use --train-split train")
     if config.get("nesterov") and not config["momentum"]:
         raise UserError("--nesterov needs a --momentum above 0")
+    if config["augmentation_ramp"] and config["augmentation"] in ("shift", "none"):
+        raise UserError("--augmentation-ramp is for --augmentation affine, cutout, strong or paper")
 
 
 def run_name(config: dict) -> str:

@@ -485,6 +485,14 @@ def rate_now(run: Run, global_step: int) -> float:
     return learning_rate(global_step, run.total_steps, run.config["lr"], run.config["warm_up"])
 
 
+def augmentation_now(run: Run) -> Augmentation:
+    """The augmentation of the epoch under way: it may grow over the first epochs."""
+    growing_epochs = run.config["augmentation_ramp"] * run.config["epochs"]
+    if run.epoch >= growing_epochs:
+        return run.augmentation
+    return run.augmentation.at(run.epoch / growing_epochs)
+
+
 def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """One step of gradient descent, with this process's share of the batch.
 
@@ -539,7 +547,7 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
     batches = training_batches(
         run.train,
         run.preprocessing,
-        run.augmentation,
+        augmentation_now(run),
         config["batch_size"],
         config["seed"],
         run.epoch,

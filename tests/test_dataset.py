@@ -378,6 +378,21 @@ def test_augmentation_by_name(shapes):
     assert Augmentation.of("cutout", images) == Augmentation(cutout=12)
 
 
+def test_augmentation_grows(shapes):
+    strong = Augmentation.of("strong", shapes.train.images)
+    half = strong.at(0.5)
+    assert (half.flip, half.shift, half.rotation, half.cutout) == (True, 4, 7.5, 6)
+    assert half.zoom**2 == pytest.approx(1.2)  # twice half the zoom is all of it
+    torch.testing.assert_close(half.colours + half.colours, strong.colours)
+    for weakest, plain in zip(
+        batches(augmentation=strong.at(0)), batches(augmentation=Augmentation()), strict=True
+    ):
+        torch.testing.assert_close(weakest, plain)
+    assert Augmentation.of("affine", shapes.train.images).at(1) == Augmentation(
+        rotation=15, zoom=1.2
+    )
+
+
 # --- Batches ------------------------------------------------------------------------------------
 
 

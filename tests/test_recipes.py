@@ -132,6 +132,7 @@ BAD_COMMANDS = [
     ("--recipe paper --train-split full", "--schedule plateau watches the validation images"),
     ("--nesterov --momentum 0", "--nesterov needs a --momentum"),
     ("--nesterov --optimizer adamw", "--nesterov is for --optimizer sgd"),
+    ("--augmentation-ramp 0.5", "--augmentation-ramp is for --augmentation affine"),
     ("--mix all", "all"),
     ("--mix cutmix --batch-size 1", "--mix cutmix needs at least two images"),
     ("--recipe paper --warm-up 0.3", "--warm-up is for --schedule cosine"),

@@ -506,6 +506,21 @@ def test_batches_are_those_of_the_settings_and_the_seconds_those_of_the_epoch(ti
         assert [float(row["seconds"]) for row in csv.DictReader(file)] == [5, 5]
 
 
+def test_augmentation_grows_over_the_first_epochs(tiny, monkeypatch):
+    """Over half of four epochs: nothing, half, all, all."""
+    seen = []
+
+    def no_batches(split, preprocessing, augmentation, *_):
+        seen.append(augmentation.rotation)
+        return iter([])
+
+    monkeypatch.setattr(train, "training_batches", no_batches)
+    monkeypatch.setattr(train, "running_metrics", lambda run: (1.0, 0.5))
+    ramp = ("--augmentation", "affine", "--augmentation-ramp", 0.5)
+    assert tiny("--epochs", 4, *ramp, "--output-dir", "run") == 0
+    assert seen == [0, 7.5, 15, 15]
+
+
 def test_training_metrics_are_means_over_the_images_of_an_epoch(tiny):
     """With a rate of nothing: those of the same weights, evaluated. Batches of 13, 13, 13 and 1."""
     options = "--batch-size 13 --lr 1e-30 --dropout 0 --augmentation none --precision fp32"
