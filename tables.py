@@ -104,13 +104,22 @@ def results_table() -> str:
                 percent([test["accuracy"] for test in ten]) if ten else "",
                 percent(errors) if errors else "",
                 f"{statistics.mean(test['loss'] for test in tests):.3f}",
-                f"{statistics.mean(run['minutes'] for run in group):.3g} min",
+                minutes_of(group),
                 group[0]["device"],
             ]
         )
     header = "command, seeds, validation, test, ten views, calibration error, test loss, training, "
     header += "hardware"
     return markdown(header.split(", "), rows)
+
+
+def minutes_of(runs: list[dict]) -> str:
+    """How long the training took; from the shortest to the longest if they differ.
+
+    No mean: two machines of one name may differ by a factor of two.
+    """
+    minutes = [f"{run['minutes']:.3g}" for run in sorted(runs, key=lambda run: run["minutes"])]
+    return f"{' to '.join(dict.fromkeys([minutes[0], minutes[-1]]))} min"
 
 
 def time_table() -> str:

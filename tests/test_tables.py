@@ -140,6 +140,13 @@ def test_seeds_are_averaged(tmp_path, monkeypatch):
     assert header.count("|") == row.count("|")
 
 
+def test_minutes_of_seeds_are_from_the_shortest_to_the_longest(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for seed, epochs in enumerate((3, 2, 4)):  # of 90 seconds each
+        write_run(tmp_path / f"run-{seed}", seed, 0.8, accuracies=[0.5] * epochs)
+    assert " | 3 to 6 min | " in tables.results_table().splitlines()[2]
+
+
 def test_seed_from_before_an_option_is_one_of_the_same_experiment(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for seed, added in enumerate(({}, {"mix": "none", "ema": 0.0}, {"mix": "cutmix"})):
