@@ -17,6 +17,8 @@ import train
 from utils import run_script
 
 ROOT = Path(__file__).parent.parent
+# cuBLAS reads it once, at a process's first product; train.py --deterministic needs it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
@@ -113,4 +115,5 @@ def tiny(handlers_restored, monkeypatch, tmp_path):
             run_script(train.main)
         return stopped.value.code
 
-    return run
+    yield run
+    torch.use_deterministic_algorithms(False)  # which --deterministic switched on
