@@ -35,10 +35,10 @@ from utils import (
 
 
 class Switch(NamedTuple):
-    """What to change in the base, the name of the idea behind it, and what its source says.
+    """What differs from the base, the name of the idea behind it, and what its source says.
 
-    The settings take away an idea of the paper, or add one that came later; lr_times is a multiple
-    of the recipe's learning rate.
+    The settings are those of train.py, and lr_times multiplies the recipe's learning rate. They
+    take away an idea of the paper, or add one that came later.
     """
 
     settings: dict
@@ -104,6 +104,11 @@ WITH = {
         {"augmentation": "strong", "augmentation_ramp": 0.5},
         "the same, growing over\nhalf the epochs",
         "",
+    ),
+    "lrn-at-work": Switch(
+        {"init": "2012", "input": "centred", "lr_times": 0.1},
+        "input and first weights of 2012,\nso that LRN acts",
+        "docs/accuracy.md",
     ),
     "ema": Switch({"ema": 0.999}, "moving average\nof the weights, 0.999", ""),
     "dropout-0.3": Switch({"dropout": 0.3}, "dropout 0.3", ""),
@@ -274,7 +279,7 @@ def report(args: argparse.Namespace) -> None:
 
 def compare(results: list[dict], ideas: str) -> list[dict]:
     """For each idea what figures.ablation() draws: with the idea minus without it, by seed."""
-    points = {"paper": -100, "modern": 100}[ideas]
+    sign = -1 if ideas == "paper" else 1  # the paper's switches take the idea away
     accuracy = {
         (row["switch"], row["seed"]): row["val_accuracy"]
         for row in results
@@ -285,7 +290,7 @@ def compare(results: list[dict], ideas: str) -> list[dict]:
         seeds = [row["seed"] for row in results if row["switch"] == name]
         pairs = [(accuracy.get((BASE, seed)), accuracy.get((name, seed))) for seed in seeds]
         differences = [
-            points * (other - base) for base, other in pairs if None not in (base, other)
+            sign * 100 * (other - base) for base, other in pairs if None not in (base, other)
         ]
         if seeds:
             compared.append(

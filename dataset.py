@@ -90,6 +90,7 @@ class Preprocessing:
             augmentation: one of AUGMENTATIONS. With "paper" a plain image is the middle crop, as
                 the network has seen nothing but crops (2012 source, convdata.py, __trim_borders).
         """
+        # From histograms: exact, and without a float copy of all images.
         value = torch.arange(256, dtype=torch.float64)
         counts = [channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]
         frequency = torch.stack(counts).double() * 3 / images.numel()
@@ -105,7 +106,8 @@ class Preprocessing:
 def load_dataset(name: str, data_dir: str | Path = DEFAULT_DATA_DIR) -> Dataset:
     """Loads "cifar10" (downloaded if need be) or draws "shapes", on the CPU.
 
-    Raises UserError if CIFAR-10 cannot be had or a file of it is damaged.
+    Raises UserError if CIFAR-10 cannot be had or a file of it is damaged, ValueError for another
+    name.
     """
     if name not in DATASETS:
         raise ValueError(f"no data set is called {name!r}; there are {', '.join(DATASETS)}")
@@ -135,7 +137,10 @@ def load_cifar10(data_dir: Path) -> Dataset:
 
 
 def stratified_split(split: Split, held_out_per_class: int) -> tuple[Split, Split]:
-    """Cuts off held_out_per_class images of each class, the same ones at every call."""
+    """Cuts off held_out_per_class images of each class, the same ones at every call.
+
+    Returns what is left and what was cut off, each in the split's order.
+    """
     # RandomState's stream is frozen: the split is the same under every NumPy.
     random = np.random.RandomState(DATA_SEED)
     labels = split.labels.numpy()

@@ -157,7 +157,7 @@ def in_batches(
     batches = plain_batches(images, preprocessing, BATCH_SIZE, view)
     total = math.ceil(len(images) / BATCH_SIZE)
     results = []
-    no_bar = Processes().rank > 0 or None  # None: shown on a terminal
+    no_bar = True if Processes().rank > 0 else None  # None: shown on a terminal
     for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=no_bar):
         with autocast(images.device, precision):
             results.append(function(batch).float())
@@ -211,9 +211,9 @@ def calibration(logits: Tensor, labels: Tensor) -> tuple[float, list[dict]]:
     correct = (predicted == labels.cpu()).double()
     edges = torch.linspace(0, 1, CALIBRATION_BINS + 1, dtype=torch.float64)
     index = torch.bucketize(confidence, edges[1:-1])
-    count, sure, right = (
-        index.bincount(values, CALIBRATION_BINS).tolist() for values in (None, confidence, correct)
-    )
+    count = index.bincount(minlength=CALIBRATION_BINS).tolist()
+    sure = index.bincount(confidence, CALIBRATION_BINS).tolist()  # sums of confidence
+    right = index.bincount(correct, CALIBRATION_BINS).tolist()  # numbers of right answers
     bins = [
         {
             "low": edges[i].item(),
@@ -299,6 +299,8 @@ def draw_figures(
         ),
         "feature-maps": draw_feature_maps(network, preprocessing, split.images[some[0]]),
     }
+    if network.config["norm"] != "none":
+        drawn["normalisation"] = draw_normalisation(network, preprocessing, split.images[some])
     if first:
         learned = network.conv1.weight.detach().cpu() - first.conv1.weight.detach()
         drawn["learned-filters"] = figures.filters(learned.numpy())
@@ -359,17 +361,51 @@ def draw_feature_maps(
     network: AlexNet, preprocessing: Preprocessing, image: Tensor
 ) -> figures.Figure:
     """What the five convolutions make of one image, uint8 [3, H, W]."""
-    maps = {}
+    names = ("conv1", "conv2", "conv3", "conv4", "conv5")
+    outputs = layer_outputs(network, preprocessing, image[None], names)
+    maps = {name: network.activation(each)[0].numpy() for name, each in outputs.items()}
+    return figures.feature_maps(image.cpu(), maps)
+
+
+def draw_normalisation(
+    network: AlexNet, preprocessing: Preprocessing, images: Tensor
+) -> figures.Figure:
+    """By how much LRN multiplies the activations that these images, uint8 [N, 3, H, W], cause."""
+    factors = normalisation_factors(network, preprocessing, images)
+    at_rest = network.norm1.k**-network.norm1.beta
+    title = f"By how much LRN multiplies activations, {len(images)} images"
+    return figures.normalisation({n: f.numpy() for n, f in factors.items()}, at_rest, title)
+
+
+def normalisation_factors(
+    network: AlexNet, preprocessing: Preprocessing, images: Tensor
+) -> dict[str, Tensor]:
+    """Output divided by input of norm1 and norm2, [number of inputs that are not 0] each."""
+    names = ("conv1", "norm1", "conv2", "norm2")
+    outputs = layer_outputs(network, preprocessing, images, names)
+    factors = {}
+    for before, after in (names[:2], names[2:]):
+        activations = network.activation(outputs[before])
+        active = activations != 0
+        factors[after] = outputs[after][active] / activations[active]
+    return factors
+
+
+def layer_outputs(
+    network: AlexNet, preprocessing: Preprocessing, images: Tensor, names: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """What these layers make of at most a batch of uint8 images [N, 3, H, W], on the CPU."""
+    outputs = {}
     hooks = [
         getattr(network, name).register_forward_hook(
-            lambda _, __, output, name=name: maps.update({name: network.activation(output)[0]})
+            lambda _, __, output, name=name: outputs.update({name: output.cpu()})
         )
-        for name in ("conv1", "conv2", "conv3", "conv4", "conv5")
+        for name in names
     ]
-    predict(network, image[None], preprocessing, "fp32")
+    predict(network, images, preprocessing, "fp32")
     for hook in hooks:
         hook.remove()
-    return figures.feature_maps(image.cpu(), {name: m.cpu().numpy() for name, m in maps.items()})
+    return outputs
 
 
 # ---------------------------------------------------------------------------------------------

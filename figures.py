@@ -405,6 +405,33 @@ def feature_maps(picture, maps: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
+def normalisation(factors: dict[str, np.ndarray], at_rest: float, title: str) -> Figure:
+    """By how much LRN multiplies activations: all alike, or strong neighbourhoods less.
+
+    Args:
+        factors: for each LRN layer by how much it multiplied each activation that is not 0.
+        at_rest: the factor without any activity near, k ** -beta.
+        title: what was measured.
+    """
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(factors), sharey=True, squeeze=False)[0]
+    for axes, (name, values) in zip(panels, factors.items(), strict=True):
+        counts, edges = np.histogram(values, bins=60, range=(0, 1.01 * at_rest))
+        axes.stairs(100 * counts / max(1, len(values)), edges, fill=True, color=BLUE, alpha=0.6)
+        axes.axvline(
+            at_rest, color=ORANGE, linestyle="--", label=f"no activity near: {at_rest:.3f}"
+        )
+        middle = np.quantile(values, (0.01, 0.5, 0.99)) if len(values) else [np.nan] * 3
+        low, median, high = (f"{value:.3f}" for value in middle)
+        axes.set_title(f"{name}: median {median}, 98 % from {low} to {high}", fontsize=9)
+        axes.set_xlabel("factor")
+        axes.legend(loc="upper left", fontsize=9)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("activations (%)")
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def compared_curves(histories: dict[str, list[dict]], against: str = "epoch") -> Figure:
     """Validation loss and accuracy of several runs, by epoch or by the time that training took.
 

@@ -43,10 +43,10 @@ class LocalResponseNorm(nn.Module):
     alpha is divided by `size`, as the 2012 source does (layer.py, NormLayerParser) and as
     torch.nn.LocalResponseNorm does; the paper prints the formula without it.
 
-    Shape: floating point [N, C, ...] to the same, in the input's memory format. The values of
-    torch.nn.LocalResponseNorm, several times faster on a CPU, with nothing but the input kept for
-    the backward pass. Computed in float32, or float64 for float64; an input or output in bf16 or
-    fp16 is rounded once, as it is read or written.
+    Shape: floating point [N, C, ...] to the same, channels last if the input is, else contiguous.
+    The values of torch.nn.LocalResponseNorm, several times faster on a CPU, with nothing but the
+    input kept for the backward pass. Computed in float32, or float64 for float64; an input or
+    output in bf16 or fp16 is rounded once, as it is read or written.
 
     Raises:
         TypeError: the input is not of a floating point type.
@@ -66,7 +66,7 @@ class LocalResponseNorm(nn.Module):
         if a.dim() < 2:
             raise ValueError(f"LocalResponseNorm expects shape [N, C, ...], got {list(a.shape)}")
         if not (a.is_contiguous() or a.movedim(1, -1).is_contiguous()):
-            a = a.contiguous()
+            a = a.contiguous()  # the other two are cut into parts without a copy
         # A compiler differentiates and fuses the plain formula itself.
         apply = _normalise if torch.compiler.is_compiling() else _LocalResponseNorm.apply
         return apply(a, self.size, self.alpha, self.beta, self.k)
@@ -143,7 +143,10 @@ def _divisor(x: Tensor, size: int, alpha: float, k: float) -> Tensor:
 
 
 def _neighbours(channels: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """For each place in the window but its centre: the channels found there, and the centres."""
+    """For each place in the window but its centre, two slices: neighbour[i] is there for centre[i].
+
+    For the place one above, in 96 channels: slice(1, 96), slice(0, 95).
+    """
     for offset in range(-(size // 2), (size - 1) // 2 + 1):
         if 0 < abs(offset) < channels:
             neighbour = slice(max(0, offset), channels + min(0, offset))
@@ -190,7 +193,8 @@ class AlexNet(nn.Module):
     Args:
         num_classes: number of outputs of the last layer.
         groups: 1 connects every channel with every channel. 2 splits conv2, conv4 and conv5 into
-            the two towers that ran on two GPUs in 2012 (§3.2).
+            the two towers that ran on two GPUs in 2012 (§3.2); LRN still looks across the border
+            between them, which it did not in 2012.
         dropout: probability that an output of fc6 or fc7 is set to zero in training (§4.2).
         activation: "relu", or "tanh" for the saturating units it is compared with (§3.1).
         norm: after conv1 and conv2 (§3.3): "lrn" divides alpha by the window, as the 2012 source
@@ -254,7 +258,7 @@ class AlexNet(nn.Module):
         """The network with the first weights that this seed draws, the same at every call.
 
         init is that of reset_parameters(), settings are those of AlexNet(). Seeds torch's own
-        generator, so that what is drawn next is the same too.
+        generator, so that what is drawn next is the same too. Raises ValueError as they do.
         """
         torch.manual_seed(seed)
         network = cls(**settings)
@@ -266,10 +270,11 @@ class AlexNet(nn.Module):
         """Draws all weights anew from normal distributions of mean 0, and sets the biases.
 
         Args:
-            init: "he": He-normal for ReLU layers (He et al. 2015) but for a smaller fc8, biases 0;
-                trains on standardised input. "2012": deviation 0.03 in conv3 to conv5 and 0.01
-                elsewhere (2012 source, layers/layers-145.cfg and layers-166.cfg), biases 1 in
-                conv2, conv4, conv5, fc6 and fc7 and 0 elsewhere; trains on centred input.
+            init: "he": He-normal for ReLU layers (He et al. 2015) except fc8, whose deviation is
+                0.001, biases 0; trains on standardised input. "2012": deviation 0.03 in conv3 to
+                conv5 and 0.01 elsewhere (2012 source, layers/layers-145.cfg and layers-166.cfg),
+                biases 1 in conv2, conv4, conv5, fc6 and fc7 and 0 elsewhere; trains on centred
+                input.
                 "as-printed": deviation 0.01 everywhere, the same biases (paper §5).
 
         Raises:
@@ -304,9 +309,10 @@ class AlexNet(nn.Module):
         return self.fc8(self.drop7(self.features(x)))
 
     def features(self, x: Tensor) -> Tensor:
-        """The 4096 numbers by which fc8 tells the classes apart: fc7's outputs after the ReLU.
+        """The 4096 numbers by which fc8 tells the classes apart: fc7's after the activation.
 
         Images are alike to the network if these are near each other (paper §6.1, Fig. 4 right).
+        In training mode fc6's dropout is on: call eval() first.
 
         Shape: float [N, 3, 227, 227] to [N, 4096]. Raises ValueError for images of another shape.
         """

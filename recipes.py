@@ -32,7 +32,8 @@ SGD = {"momentum": 0.9, "nesterov": False, "weight_decay": 5e-4}  # paper §5
 ADAM = {"weight_decay": 0.0}
 ADAMW = {"weight_decay": 0.05}
 SMALL = {"batch_size": 32}
-FIRST = {  # what runs did before these were options: old ones are read by it, so it stays
+# Never change a value: a run from before an option existed is read as having had this one.
+ORIGINAL = {
     "batch_size": 128,
     "init": "he",
     "input": "standardised",
@@ -51,9 +52,9 @@ FIRST = {  # what runs did before these were options: old ones are read by it, s
     "dropout": 0.5,
     "groups": 1,
 }
-MODERN = {**FIRST}  # today's habits; what a search finds to be better goes in here
+MODERN = {**ORIGINAL}  # today's habits; what a search finds to be better goes in here
 PAPER = {  # 2012
-    **FIRST,
+    **ORIGINAL,
     "init": "2012",  # 2012 source: layers/layers-145.cfg, layers-166.cfg
     "input": "centred",  # §2
     "augmentation": "paper",  # §4.1
@@ -94,16 +95,15 @@ DEFAULTS = {
     "tensorboard": False,
 }
 # What runs did before an option existed, whatever the recipes have now.
-BEFORE = {**DEFAULTS, **FIRST, "nesterov": False}
+BEFORE = {**DEFAULTS, **ORIGINAL, "nesterov": False}
 MIXES = {  # pairs of images and their labels in every batch, with the papers' alpha for CIFAR-10
     "none": None,
     "mixup": functools.partial(v2.MixUp, alpha=1.0),  # Zhang et al. 2018, arXiv 1710.09412
     "cutmix": functools.partial(v2.CutMix, alpha=1.0),  # Yun et al. 2019, arXiv 1905.04899
 }
 # Settings that --resume may change; any other would make it another experiment.
-CHANGEABLE = (
-    *("epochs", "data_dir", "device", "compile", "deterministic", "save_every", "tensorboard"),
-)
+CHANGEABLE = {"epochs", "data_dir", "device", "compile", "deterministic"}
+CHANGEABLE |= {"save_every", "tensorboard"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def new_config(given: dict) -> dict:
     """Every setting of a new run: what was given, else the recipe's."""
     config = {**DEFAULTS, **given}
     key = config["recipe"], config["dataset"]
-    optimizers = [optimizer for *place, optimizer in RECIPES if tuple(place) == key]
+    optimizers = [optimizer for recipe, data, optimizer in RECIPES if (recipe, data) == key]
     config["optimizer"] = given.get("optimizer", optimizers[0] if optimizers else None)
     if config["optimizer"] not in optimizers:
         where = f"--optimizer {' or '.join(optimizers)}" if optimizers else "--dataset cifar10"
@@ -303,10 +303,13 @@ def as_option(name: str) -> str:
 
 def as_command_line(settings: dict) -> list[str]:
     """The options of train.py that give these settings."""
-    flags = {True: "--", False: "--no-"}
-    return [
-        as_option(name).replace("--", flags[value], 1)
-        if isinstance(value, bool)
-        else f"{as_option(name)}={value}"
-        for name, value in settings.items()
-    ]
+    options = []
+    for name, value in settings.items():
+        option = as_option(name)
+        if value is True:
+            options.append(option)
+        elif value is False:
+            options.append(option.replace("--", "--no-", 1))
+        else:
+            options.append(f"{option}={value}")
+    return options

@@ -90,8 +90,8 @@ STATE_NAMES = {  # what an optimizer keeps for each parameter
 def learning_rate(step: int, total_steps: int, peak: float, warm_up: float) -> float:
     """Rises linearly to peak over a share warm_up of the steps, then falls to 0 as a half cosine.
 
-    With a warm-up of 0.3 it is one cycle (Smith 2018, arXiv 1803.09820), but for the momentum,
-    which stays.
+    step counts from 0. With a warm-up of 0.3 it is one cycle (Smith 2018, arXiv 1803.09820), but
+    for the momentum, which stays.
     """
     warm_up_steps = max(1, round(warm_up * total_steps))
     if step < warm_up_steps:
@@ -147,9 +147,12 @@ def parameter_groups(network: AlexNet, config: dict) -> list[dict]:
 
 
 def make_mix(config: dict, num_classes: int) -> Callable | None:
-    """What mixes a batch's images [N, 3, S, S] and labels [N], which become [N, classes]."""
+    """What mixes a batch's images [N, 3, S, S] and labels [N], which become [N, classes].
+
+    None if they are not mixed.
+    """
     kind = MIXES[config["mix"]]
-    return kind and kind(num_classes=num_classes)
+    return kind(num_classes=num_classes) if kind else None
 
 
 def update_average(average: AlexNet, network: AlexNet, decay: float, step: int) -> None:
@@ -267,7 +270,7 @@ class Run:
     @property
     def evaluated(self) -> AlexNet:
         """The network that is validated and kept: the one in training, or its average."""
-        return self.average or self.network
+        return self.network if self.average is None else self.average
 
     def say(self, text: str) -> None:
         """Prints a line, once for all processes."""

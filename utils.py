@@ -149,7 +149,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def positive_int(text: str) -> int:
-    """An argparse type."""
+    """An argparse type: a whole number above 0."""
     return _number(text, int, lambda value: value > 0, "a whole number above 0")
 
 
@@ -161,17 +161,17 @@ def non_negative_int(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """An argparse type."""
+    """An argparse type: a finite number above 0."""
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def non_negative_float(text: str) -> float:
-    """An argparse type."""
+    """An argparse type: a finite number of at least 0."""
     return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 
 
 def fraction(text: str) -> float:
-    """An argparse type."""
+    """An argparse type: a number of at least 0 and below 1."""
     return _number(text, float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 
 

@@ -25,7 +25,7 @@ from evaluate import (
     summarise,
     wilson_interval,
 )
-from model import AlexNet
+from model import AlexNet, LocalResponseNorm
 from utils import FORMAT, FORMAT_VERSION, UserError, run_script, save_checkpoint
 
 CLASSES = list("abc")
@@ -98,6 +98,21 @@ def test_neighbours_have_the_nearest_features(monkeypatch):
     figure = evaluate.draw_neighbours(None, None, "fp32", data, query)
     drawn = [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes]
     assert drawn == [51, 50, 54, 47, 56, 90, 10]
+
+
+def test_normalisation_factors_are_those_of_the_formula():
+    """With a window of one channel each activation a is multiplied by (2 + a^2)^-0.75."""
+    network, images = AlexNet().eval(), draw_shapes().test.images[:2]
+    network.norm1 = LocalResponseNorm(size=1, alpha=1.0)
+    preprocessing = Preprocessing.of(images)
+    factors = evaluate.normalisation_factors(network, preprocessing, images)
+    with torch.no_grad():
+        a = network.conv1(next(dataset.plain_batches(images, preprocessing, 2))).relu().double()
+    expected = (2 + a[a > 0] ** 2) ** -0.75
+    found = factors["norm1"].double()
+    torch.testing.assert_close(found.sort().values, expected.sort().values, rtol=1e-5, atol=0)
+    # norm2 is the network's own, which small activations leave at rest.
+    assert factors["norm2"].mean().item() == pytest.approx(2**-0.75, rel=1e-3)
 
 
 @pytest.mark.parametrize("init", ["he", "2012"])

@@ -167,6 +167,18 @@ def test_feature_maps_are_the_strongest_channels():
     assert drawn == [9, 8, 7, 6, 5, 4, 3, 2]
 
 
+def test_normalisation_shows_how_many_are_held_back():
+    """A quarter of the activations multiplied by 0.3, the others as without any activity near."""
+    at_rest = 2**-0.75
+    factors = np.array([0.3] * 25 + [at_rest] * 75)
+    figure = figures.normalisation({"norm1": factors, "norm2": factors[:0]}, at_rest, "title")
+    axes = figure.axes[0]
+    heights, edges, _ = axes.patches[0].get_data()
+    assert heights[(edges[:-1] <= 0.3) & (edges[1:] > 0.3)].tolist() == [25]
+    assert heights[-1] == 75
+    assert axes.get_title() == "norm1: median 0.595, 98 % from 0.300 to 0.595"
+
+
 def write_run(folder, *rows):
     folder.mkdir(parents=True)
     lines = ["epoch,step,lr,train_loss,train_accuracy,val_loss,val_accuracy", *rows]

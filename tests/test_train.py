@@ -431,7 +431,7 @@ def test_run_checkpoint_and_evaluation_agree(trained_run):
     assert evaluated["accuracy"] == float(row["val_accuracy"])
     assert evaluated["loss"] == float(row["val_loss"])
     names = "confusion filters learned-filters predictions neighbours classes reliability "
-    for name in f"{names} feature-maps mistakes".split():
+    for name in f"{names} feature-maps normalisation mistakes".split():
         picture = folder / "runs" / "shapes-sgd" / f"best-{name}-val.png"
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert f"wrote runs/shapes-sgd/best-{name}-val.png" in done.stdout
