@@ -17,6 +17,7 @@ from torch import Tensor, nn
 # 55 positions of an 11x11 filter at stride 4. The paper and the 2012 source have 224, of which the
 # source makes 55 by rounding up (layer.py, modulesX); PyTorch rounds down.
 IMAGE_SIZE = 227
+UNITS = 4096  # in fc6 and in fc7
 INITS = ("he", "2012", "as-printed")
 # The paper's ideas and what it compares each with. The network of 2012 has the first of each, but
 # two groups.
@@ -246,11 +247,11 @@ class AlexNet(nn.Module):
         self.conv4 = nn.Conv2d(384, 384, 3, padding=1, groups=groups)  # 384 x 13 x 13
         self.conv5 = nn.Conv2d(384, 256, 3, padding=1, groups=groups)  # 256 x 13 x 13
         self.pool5 = _pool(pooling)  # 256 x 6 x 6
-        self.fc6 = nn.Linear(256 * 6 * 6, 4096)
+        self.fc6 = nn.Linear(256 * 6 * 6, UNITS)
         self.drop6 = nn.Dropout(dropout)
-        self.fc7 = nn.Linear(4096, 4096)
+        self.fc7 = nn.Linear(UNITS, UNITS)
         self.drop7 = nn.Dropout(dropout)
-        self.fc8 = nn.Linear(4096, num_classes)
+        self.fc8 = nn.Linear(UNITS, num_classes)
         self.reset_parameters()
 
     @classmethod

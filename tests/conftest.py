@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock
-from tiny_train import SHAPES_PER_CLASS
+from tiny_train import SHAPES_PER_CLASS, UNITS
 
 import dataset
+import model
 import train
 from utils import run_script
 
@@ -101,8 +102,9 @@ def handlers_restored():
 
 @pytest.fixture
 def tiny(handlers_restored, monkeypatch, tmp_path):
-    """Runs train.py in this process on 40 training images; returns exit code and output."""
+    """Runs train.py in this process on 40 training images and 64 units; returns the exit code."""
     monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", SHAPES_PER_CLASS)
+    monkeypatch.setattr(model, "UNITS", UNITS)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

@@ -10,6 +10,7 @@ import pytest
 
 import ablate
 import dataset
+import model
 import recipes
 import train
 from utils import run_script
@@ -19,6 +20,7 @@ from utils import run_script
 def ablation(handlers_restored, monkeypatch, tmp_path):
     """Runs ablate.py in this process on 10 images, tanh alone unless told; returns the code."""
     monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", {"train": 2, "val": 1, "test": 1})
+    monkeypatch.setattr(model, "UNITS", 64)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

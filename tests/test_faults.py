@@ -29,6 +29,7 @@ import ablate
 import benchmark
 import dataset
 import evaluate
+import model
 import train
 from utils import load_checkpoint, run_script
 
@@ -71,6 +72,7 @@ def test_killed_run_loses_nothing_that_it_had_saved(tiny, monkeypatch, is_long):
 
     The runs save after every step, so that many kills meet a file half written.
     """
+    monkeypatch.setattr(model, "UNITS", 4096)  # whose files take long to write
     wanted, epochs = (50, 2) if is_long else (2, 1)
     options = ["--dataset", "shapes", "--batch-size", "8", "--device", "cpu"]
     options += ["--epochs", str(epochs), "--save-every", "0.0001"]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import ROOT, same
 
 import dataset
+import model
 import parallel
 import train
 from dataset import Augmentation, Preprocessing
@@ -102,6 +103,7 @@ def test_gradient_of_two_processes_is_that_of_the_whole_batch(stopped, monkeypat
     preprocessing, augmentation = Preprocessing.of(split.images), Augmentation()
     batches = dataset.training_batches(split, preprocessing, augmentation, 13, 0, 0)
     images, labels = next(batches)
+    monkeypatch.setattr(model, "UNITS", tiny_train.UNITS)
     torch.manual_seed(0)
     network = AlexNet(dropout=0)
     F.cross_entropy(network(images), labels).backward()
