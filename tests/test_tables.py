@@ -9,7 +9,7 @@ from conftest import ROOT, rows
 
 import tables
 from recipes import recorded_config
-from train import learning_rate, plateau_rate
+from train import PATIENCE, learning_rate, plateau_rate
 from utils import run_script
 
 EVALUATED = sorted(path.parent for path in (ROOT / "results").glob("*/test.json"))
@@ -80,8 +80,8 @@ def test_learning_rate_of_a_published_run_is_that_of_the_code(folder):
     config = recorded_config(json.loads((folder / "config.json").read_text())["settings"])
     history = rows(folder)
     if config["schedule"] == "plateau":
-        expected = [plateau_rate([], config["lr"])] * 3
-        assert len(history) == 3  # too few to stall
+        expected = [plateau_rate([], config["lr"])] * len(history)
+        assert len(history) <= PATIENCE  # too few to stall
     else:
         total = int(history[0]["step"]) * config["epochs"]
         places = [int(row["step"]) - 1 for row in history]
