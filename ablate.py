@@ -102,12 +102,17 @@ WITH = {
     "strong": Switch({"augmentation": "strong"}, "turn, zoom, cutout,\ncolour noise", ""),
     "growing": Switch(
         {"augmentation": "strong", "augmentation_ramp": 0.5},
-        "the same, growing over\nhalf the epochs",
+        "turn, zoom, cutout, colour noise,\ngrowing over half the epochs",
         "",
     ),
     "lrn-at-work": Switch(
         {"init": "2012", "input": "centred", "lr_times": 0.1},
-        "input and first weights of 2012,\nso that LRN acts",
+        "input and first weights of 2012,\na tenth of the rate",
+        "docs/accuracy.md",
+    ),
+    "lrn-taken-out": Switch(
+        {"init": "2012", "input": "centred", "lr_times": 0.1, "norm": "none"},
+        "the same without LRN: the\ndifference is LRN's",
         "docs/accuracy.md",
     ),
     "ema": Switch({"ema": 0.999}, "moving average\nof the weights, 0.999", ""),

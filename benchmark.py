@@ -1,6 +1,6 @@
 """Measures this project beside the textbook script: python benchmark.py [--json FILE]
 
-The textbook script is AlexNet as torch's own layers and loaders offer themselves: a DataLoader that
+The textbook script is AlexNet made of torch's own layers, as in a tutorial: a DataLoader that
 resizes image by image with Pillow, torch.nn.LocalResponseNorm, float32, NCHW, and a loss read at
 every step. Each side runs in a process of its own, with its own settings and its own peak memory,
 and the sides take turns, so that whatever else the machine does meets them alike. Images are

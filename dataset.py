@@ -376,6 +376,7 @@ class Augmentation:
             zoom=self.zoom**strength,
             cutout=round(self.cutout * strength),
             colours=None if self.colours is None else self.colours * strength,
+            divisor=1 + (self.divisor - 1) * strength,
         )
 
 

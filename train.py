@@ -397,10 +397,12 @@ class Run:
                 f"{self.dir} already has"
             )
         changed = content["training"]["epochs"] != self.config["epochs"]
-        if changed and self.config["schedule"] == "cosine":
+        follow = ["the learning rate"] if self.config["schedule"] == "cosine" else []
+        follow += ["the growth of augmentation"] if self.config["augmentation_ramp"] else []
+        if changed and follow:
             self.say(
                 f"{self.config['epochs']} epochs instead of {content['training']['epochs']}: "
-                "from here the learning rate follows the schedule of the new length"
+                f"from here {' and '.join(follow)} will be as for the new length"
             )
 
     def write_config(self, earlier_starts: list) -> None:

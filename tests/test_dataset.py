@@ -388,9 +388,9 @@ def test_augmentation_grows(shapes):
         batches(augmentation=strong.at(0)), batches(augmentation=Augmentation()), strict=True
     ):
         torch.testing.assert_close(weakest, plain)
-    assert Augmentation.of("affine", shapes.train.images).at(1) == Augmentation(
-        rotation=15, zoom=1.2
-    )
+    affine, paper = (Augmentation.of(name, shapes.train.images) for name in ("affine", "paper"))
+    assert affine.at(1) == Augmentation(rotation=15, zoom=1.2)
+    assert [paper.at(strength).divisor for strength in (0, 0.5, 1)] == pytest.approx([1, 1.05, 1.1])
 
 
 # --- Batches ------------------------------------------------------------------------------------

@@ -384,7 +384,7 @@ NO_FILES = ["nowhere/x", "taken", "file/x", "x" * 5000, "--"]
 NUMBERS = {
     train.main: "--epochs --batch-size --train-images --lr --momentum --weight-decay --dropout "
     "--bias-lr-factor --bias-decay-factor --seed --save-every --groups --warm-up --label-smoothing "
-    "--ema",
+    "--ema --augmentation-ramp",
     ablate.main: "--seeds --epochs --train-images",
     benchmark.main: "--rounds --workers --batch-sizes",
     evaluate.main: "--views",

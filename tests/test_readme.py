@@ -12,10 +12,11 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from tiny_train import SHAPES_PER_CLASS
+from tiny_train import SHAPES_PER_CLASS, UNITS
 
 import dataset
 import evaluate
+import model
 import recipes
 import train
 from model import AlexNet
@@ -60,6 +61,7 @@ def run(monkeypatch, script, *arguments):
 
 
 def test_commands(folder, monkeypatch, capsys):
+    monkeypatch.setattr(model, "UNITS", UNITS)
     done = []
     for launcher, *arguments in [*commands(README), *commands(TRAINING)]:
         if launcher == "python" and arguments[0] != "-m":

@@ -440,7 +440,7 @@ def test_run_checkpoint_and_evaluation_agree(trained_run):
         assert f"wrote runs/shapes-sgd/best-{name}-val.png" in done.stdout
 
 
-ADDITIONS = "--ema 0.9 --mix cutmix --augmentation strong --nesterov"
+ADDITIONS = "--ema 0.9 --mix cutmix --augmentation strong --augmentation-ramp 0.9 --nesterov"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from utils import (
     atomic_write,
     autocast,
     load_checkpoint,
+    make_deterministic,
     peak_memory_mib,
     run_script,
     save_checkpoint,
@@ -106,6 +107,17 @@ def test_parser_takes_no_abbreviations():
 def test_precision_asked_for_is_kept():
     for name in ("fp32", "bf16"):
         assert select_precision(name, torch.device("cpu")) == name
+
+
+def test_deterministic_products_are_asked_of_cublas(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # put back when the test ends
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    make_deterministic()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    assert deterministic
+    # One of the two values in torch.use_deterministic_algorithms's documentation.
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
 
 
 def test_products_are_of_the_precision_chosen():
