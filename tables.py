@@ -93,7 +93,6 @@ def results_table() -> str:
     for group in groups:
         tests = [run["test"] for run in group]
         validation = [best_validation(run) for run in group]
-        ten = [test["ten_views"] for test in tests if "ten_views" in test]
         errors = [test["calibration_error"] for test in tests if "calibration_error" in test]
         rows.append(
             [
@@ -101,7 +100,7 @@ def results_table() -> str:
                 str(len(group)),
                 percent(validation) if None not in validation else "",
                 percent([test["accuracy"] for test in tests], tests[0]["interval_95"]),
-                percent([test["accuracy"] for test in ten]) if ten else "",
+                ten_views(tests),
                 percent(errors) if errors else "",
                 f"{statistics.mean(test['loss'] for test in tests):.3f}",
                 minutes_of(group),
@@ -111,6 +110,15 @@ def results_table() -> str:
     header = "command, seeds, validation, test, ten views, calibration error, test loss, training, "
     header += "hardware"
     return markdown(header.split(", "), rows)
+
+
+def ten_views(tests: list[dict]) -> str:
+    """Accuracy with ten views, which not every seed may have been tested with."""
+    accuracies = [test["ten_views"]["accuracy"] for test in tests if "ten_views" in test]
+    if not accuracies:
+        return ""
+    some = f" ({len(accuracies)} of {len(tests)} seeds)" if len(accuracies) < len(tests) else ""
+    return percent(accuracies) + some
 
 
 def minutes_of(runs: list[dict]) -> str:

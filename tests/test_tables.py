@@ -140,6 +140,17 @@ def test_seeds_are_averaged(tmp_path, monkeypatch):
     assert header.count("|") == row.count("|")
 
 
+def test_ten_views_of_some_seeds_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for seed in range(2):
+        write_run(tmp_path / f"run-{seed}", seed, 0.8)
+    path = tmp_path / "run-1" / "test.json"
+    test = json.loads(path.read_text())
+    del test["ten_views"]
+    path.write_text(json.dumps(test))
+    assert " | 81.0% (1 of 2 seeds) | " in tables.results_table().splitlines()[2]
+
+
 def test_minutes_of_seeds_are_from_the_shortest_to_the_longest(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for seed, epochs in enumerate((3, 2, 4)):  # of 90 seconds each
