@@ -176,7 +176,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
     add("--precision", choices=("auto", "fp32", "bf16"), help="default: auto")
     add("--compile", action=flag, help="let torch.compile fuse the network; for GPUs")
-    add("--deterministic", action=flag, help="the same bits each time on a GPU too; slower")
+    add("--deterministic", action=flag, help="the same bits each time on an NVIDIA GPU too; slower")
     add("--save-every", type=positive_float, metavar="MINUTES", help="save that often; default: 3")
     add("--tensorboard", action=flag, help="log to the run's folder for TensorBoard as well")
     where = parser.add_mutually_exclusive_group()

@@ -775,7 +775,7 @@ def prepare(given: dict, processes: Processes) -> Run:
     precision = select_precision(config["precision"], device)
     config["precision"] = processes.from_first(lambda: precision)  # machines may differ
     if config["deterministic"]:
-        make_deterministic()
+        make_deterministic(device)
     if config["tensorboard"] and processes.rank == 0:
         summary_writer_class()
     with processes.one_before_the_others():

@@ -258,8 +258,15 @@ def is_compiler_error(error: RuntimeError) -> bool:
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
-def make_deterministic() -> None:
-    """Lets torch take only operations that give the same bits each time, also on a GPU."""
+def make_deterministic(device: torch.device) -> None:
+    """Lets torch take only operations that give the same bits each time, also on an NVIDIA GPU.
+
+    Raises UserError for Apple's, where torch's max pooling has no such gradient.
+    """
+    if device.type == "mps":
+        raise UserError(
+            "--deterministic is for a CPU or an NVIDIA GPU; leave it or --device mps out"
+        )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(True)
 

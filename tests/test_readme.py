@@ -99,9 +99,8 @@ def test_exercises(capsys):
         check_options(command)
     assert len(runs) == 4
 
-    names = {}
     for program in blocks(READING, "python"):
-        exec(program, names)
+        exec(program, {})
     printed = capsys.readouterr().out
     assert "54, 54" in printed
     assert "55, 55" in printed

@@ -112,12 +112,19 @@ def test_precision_asked_for_is_kept():
 def test_deterministic_products_are_asked_of_cublas(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # put back when the test ends
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    make_deterministic()
+    make_deterministic(torch.device("cpu"))
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     assert deterministic
     # One of the two values in torch.use_deterministic_algorithms's documentation.
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+
+
+def test_deterministic_is_refused_where_max_pooling_is_not():
+    # The documentation of torch.use_deterministic_algorithms names MaxPool2d on MPS.
+    with pytest.raises(UserError, match="--deterministic"):
+        make_deterministic(torch.device("mps"))
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_products_are_of_the_precision_chosen():
