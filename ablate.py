@@ -218,8 +218,10 @@ def claim_folder(folder: Path, settings: dict) -> None:
 def read_settings(path: Path, settings: dict) -> dict:
     """What the runs of an ablation have in common, if it can be read; settings are those now."""
     try:
-        found = json.loads(path.read_text())
-        return {"ideas": "paper", "base": settings["base"], **found}  # once these were not noted
+        # Once these were not noted, and the base had fewer settings and some that may change.
+        found = {"ideas": "paper", "base": settings["base"], **json.loads(path.read_text())}
+        base = {**recipes.BEFORE, **found["base"]}
+        return {**found, "base": {name: base.get(name) for name in settings["base"]}}
     except (OSError, *DAMAGE_ERRORS):
         return {}
 
@@ -369,7 +371,7 @@ def main() -> int:
     keep_freed_memory()
     common = {name: getattr(args, name) for name in COMMON}
     base = recipes.new_config(run_settings(args, BASE, 0))  # a recipe may change
-    common["base"] = {name: base[name] for name in base.keys() - {"data_dir", "seed"}}
+    common["base"] = {name: base[name] for name in base.keys() - {"seed"} - recipes.CHANGEABLE}
     claim_folder(args.output_dir, common)
     stop = StopRequest()
     # Seed by seed, so that a comparison of everything comes early.

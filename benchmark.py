@@ -324,12 +324,17 @@ def repeats_of(call: Callable, device: torch.device) -> int:
     return math.ceil(SECONDS_PER_TURN / seconds_of(call, 1, device))
 
 
+def usable_cores() -> int:
+    """Cores that this process may use, which on a shared machine can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def synchronise(device: torch.device) -> None:
     """Waits until a GPU has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -455,10 +460,10 @@ def row_of(worker: Worker, textbook: Worker, memory: int | None, peaks: dict) ->
         "peak_memory_mib": memory,
     }
     if case.precision in peaks:
-        work = case.images * operations_per_image(training=case.part != "inference")
+        operations = case.images * operations_per_image(training=case.part != "inference")
         turns = list(zip(worker.seconds, peaks[case.precision], strict=True))
         row["peak_gflops"] = spread(peak / 1e9 for _, peak in turns)
-        row["share_of_peak"] = spread(work / seconds / peak for seconds, peak in turns)
+        row["share_of_peak"] = spread(operations / seconds / peak for seconds, peak in turns)
     return row
 
 
@@ -656,7 +661,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--compile", action="store_true", help="measure torch.compile's network too")
     add("--json", type=output_file, metavar="FILE", help="write all results to FILE")
-    add("--figure", type=output_file, metavar="FILE", help="draw the results as a PNG")
+    add("--figure", type=output_file, metavar="FILE", help="draw the results")
     add(
         "--growth-figure",
         type=output_file,
@@ -677,7 +682,7 @@ def main() -> None:
     device = select_device(args.device)
     precision = select_precision("auto", device)
     sides = sides_of(precision, args.compile)
-    workers = args.workers or min(8, os.cpu_count() or 1)
+    workers = args.workers or min(8, usable_cores())
     about = environment(device) | {"workers": workers, "rounds": args.rounds}
     print(
         f"torch {about['torch']} on {about['device']}, {workers} workers for the textbook's loader"

@@ -27,9 +27,14 @@ SERIES = ((BLUE, "o"), (ORANGE, "s"), ("#009E73", "^"), ("#000000", "D"))  # col
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG that is whole or not there. Raises UserError if it cannot."""
+    """Writes a file that is whole or not there, by its name a PDF, an SVG or another; else a PNG.
+
+    Raises UserError if it cannot.
+    """
+    suffix = path.suffix.lower().removeprefix(".")
+    kind = suffix if suffix in figure.canvas.get_supported_filetypes() else "png"
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format=kind, dpi=120)
 
 
 def as_text(name: str) -> str:

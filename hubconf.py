@@ -1,7 +1,6 @@
 """What torch.hub finds here: torch.hub.load("OWNER/REPOSITORY", "alexnet", num_classes=10)"""
 
 from model import AlexNet
-from predict import Classifier
 
 dependencies = ["torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL"]
 
@@ -11,6 +10,8 @@ def alexnet(**settings) -> AlexNet:
     return AlexNet(**settings)
 
 
-def classifier(checkpoint: str, device: str = "auto") -> Classifier:
-    """The trained network of a checkpoint of train.py, with its classes and preprocessing."""
+def classifier(checkpoint: str, device: str = "auto"):
+    """The predict.Classifier in a checkpoint of train.py: network, classes and preprocessing."""
+    from predict import Classifier  # not above: the bare network needs model.py and torch alone
+
     return Classifier.from_checkpoint(checkpoint, device)

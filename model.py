@@ -19,8 +19,7 @@ from torch import Tensor, nn
 IMAGE_SIZE = 227
 UNITS = 4096  # in fc6 and in fc7
 INITS = ("he", "2012", "as-printed")
-# The paper's ideas and what it compares each with. The network of 2012 has the first of each, but
-# two groups.
+# The switches: of each, first what the network of 2012 has (but it had two groups).
 CHOICES = {
     "groups": (1, 2),
     "activation": ("relu", "tanh"),

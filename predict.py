@@ -153,7 +153,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--top", type=positive_int, default=3, metavar="N", help="classes to name; default: 3")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--json", type=output_file, metavar="FILE", help="write all probabilities to FILE")
-    add("--figure", type=output_file, metavar="FILE", help=f"draw the first {SHOWN} as a PNG")
+    add("--figure", type=output_file, metavar="FILE", help=f"draw the first {SHOWN}")
     return parser.parse_args()
 
 
@@ -175,9 +175,6 @@ def main() -> int:
         probabilities = classifier.probabilities(torch.stack(pictures))
         classes = classifier.classes
         results = [likeliest(row, classes, len(classes)) for row in probabilities]
-    for name, result in zip(names, results, strict=True):
-        words = [f"{item['class']} {item['probability']:.1%}" for item in result[: args.top]]
-        print(f"{name}: {', '.join(words)}")
     if args.json:
         content = [{"picture": n, "likeliest": r} for n, r in zip(names, results, strict=True)]
         write_json(args.json, content)
@@ -185,6 +182,9 @@ def main() -> int:
         captions = [Path(name).name for name in names[:SHOWN]]
         figure = figures.likeliest(pictures[:SHOWN], captions, results[:SHOWN])
         figures.save_figure(figure, args.figure)
+    for name, result in zip(names, results, strict=True):  # last: head may stop it
+        words = [f"{item['class']} {item['probability']:.1%}" for item in result[: args.top]]
+        print(f"{name}: {', '.join(words)}")
     return 1 if refused else 0
 
 

@@ -240,6 +240,8 @@ def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
 
     Raises UserError if there is no run, or for changes that would make it another experiment.
     """
+    if run_dir.is_file():
+        raise UserError(f"--resume {run_dir} is a file; name its folder, {run_dir.parent}")
     path = run_dir / "config.json"
     try:
         if path.exists() and not path.is_file():

@@ -184,9 +184,9 @@ def make_run_dir(config: dict, output_dir: Path | None) -> Path:
         try:
             run_dir.mkdir(parents=True, exist_ok=run_dir == output_dir)
             return run_dir
-        except FileExistsError:
-            continue  # another run has just taken the name
         except OSError as error:
+            if output_dir is None and run_dir.exists():
+                continue  # another run has just taken the name
             raise UserError(f"cannot make the folder {run_dir}: {error.strerror}") from None
 
 
@@ -202,9 +202,10 @@ def free_run_dir(config: dict, output_dir: Path | None) -> Path:
             f"--output-dir {output_dir} is not empty; go on with a run in it by "
             f"--resume {output_dir}, or name another folder"
         )
-    parent = next(path for path in output_dir.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot make the folder {output_dir}: {parent} is not a writable folder")
+    place = output_dir.absolute()
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"cannot write to {output_dir}: {there} is not a writable folder")
     return output_dir
 
 
@@ -565,6 +566,7 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
             run.losses[run.step] = loss  # stays on the device: reading it would wait for the step
             run.correct += correct
             run.step += 1
+            progress.advance()
             # Processes have clocks and signals of their own, but must do the same.
             run.stopped_by, is_save_due, is_show_due = run.processes.highest(
                 stop.signal, run.is_save_due(), progress.is_due()
@@ -676,12 +678,15 @@ class Progress:
         """Spent on the epoch under way, before and after any interruption."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def is_due(self) -> bool:
-        """Counts a step; whether there is something to show, for which the device must wait."""
-        if not self.run.is_first:
-            return False
+    def advance(self) -> None:
+        """Moves the bar to the step that is done."""
         if not self.bar.disable:
             self.bar.update(images_done(self.run, self.run.step) - self.bar.n)
+
+    def is_due(self) -> bool:
+        """Whether there is something to show, for which the device must wait."""
+        if not self.run.is_first:
+            return False
         steps = self.run.step - self.first_step
         if not self.run.told_time and steps in (self.WARM_UP_STEPS, self.TIMED_STEPS):
             return True
@@ -802,7 +807,7 @@ def open_folder(
     if run.is_first:
         run.lock = FolderLock(run.dir)
         remove_unfinished(run.dir)
-    if resume and run.processes.from_first(lambda: (run.dir / "last.pt").exists()):
+    if resume and run.processes.from_first(lambda: has_checkpoint(run.dir)):
         run.load()
     place = [run.epoch, run.step]
     if run.processes.highest(*place) != place:
@@ -812,6 +817,18 @@ def open_folder(
         if run.config["tensorboard"]:
             # What an earlier start logged of later epochs, a killed one say, is not to be shown.
             run.tensorboard = summary_writer_class()(run.dir, purge_step=run.epoch + 1)
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether the run was saved before it was stopped. Raises UserError if last.pt was deleted."""
+    if (run_dir / "last.pt").exists():
+        return True
+    if (run_dir / "curves.png").exists():  # drawn after last.pt is written, never before
+        raise UserError(
+            f"--resume {run_dir}: its last.pt is gone, without which it would begin anew and "
+            "overwrite what is there; start a new run"
+        )
+    return False
 
 
 def summary_writer_class() -> type:

@@ -77,7 +77,8 @@ def run_script(main) -> None:
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
-        _exit_with_line("error: out of memory; free some, or train with a smaller --batch-size", 2)
+        advice = "free some, use --device cpu, or train with a smaller --batch-size"
+        _exit_with_line(f"error: out of memory; {advice}", 2)
 
 
 def _code_of(main) -> int | None:
@@ -88,7 +89,7 @@ def _code_of(main) -> int | None:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    words = ("allocate memory", "ALLOC_FAILED")
+    words = ("allocate memory", "ALLOC_FAILED", "out of memory")  # of CPUs, cuDNN, Apple's GPUs
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
@@ -130,6 +131,9 @@ class StopRequest:
 
     def _request(self, number, _frame) -> None:
         self.signal = number
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # not print, in the middle of which this may be
+                os.write(2, b"\nstopping after this step; Ctrl-C again: at once, without saving\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

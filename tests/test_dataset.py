@@ -591,6 +591,15 @@ def test_data_dir_that_is_not_there(tmp_path):
         load_dataset("cifar10", tmp_path / "nowhere")
 
 
+def test_folder_of_the_data_itself_is_not_the_one_to_name(tiny_cifar10):
+    archive, folder = tiny_cifar10
+    shutil.copy(archive, folder)
+    load_cifar10(folder)
+    with pytest.raises(UserError, match=f"name the one that it is in: {folder}$"):
+        load_dataset("cifar10", folder / CIFAR10.base_folder)
+    assert CIFAR10.base_folder not in [p.name for p in (folder / CIFAR10.base_folder).iterdir()]
+
+
 def test_default_data_dir_is_made(tiny_cifar10, tmp_path, monkeypatch, serve):
     archive, _ = tiny_cifar10
     monkeypatch.chdir(tmp_path / "source")

@@ -206,6 +206,15 @@ def test_curves_of_several_runs_are_laid_over_each_other(tmp_path, monkeypatch, 
     assert capsys.readouterr().out == "wrote curves.png\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("x.pdf", b"%PDF"), ("x.SVG", b"<?xml"), ("x", b"\x89PNG"), ("x.y", b"\x89PNG")],
+)
+def test_name_of_a_figure_says_its_format(tmp_path, name, start):
+    figures.save_figure(figures.Figure(), tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
 def test_runs_of_one_name_in_two_folders_are_two_curves(tmp_path, monkeypatch):
     """In names that matplotlib would read as a formula, and could not."""
     write_run(tmp_path / "$a_$" / "run", "1,5,0.1,2,0.1,1.5,0.2")

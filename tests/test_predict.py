@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_python
 from PIL import Image
 
 import figures
 import predict
+import utils
 from dataset import draw_shapes
 from evaluate import load_network
 from predict import Classifier, read_picture
@@ -158,6 +159,16 @@ def test_images_that_no_training_had_are_refused(images):
         classifier.probabilities(images)
 
 
+def test_hub_gives_the_network_to_a_program_with_other_modules_of_our_names(tmp_path):
+    for name in ("utils", "dataset", "evaluate", "figures"):
+        (tmp_path / f"{name}.py").touch()
+    (tmp_path / "program.py").write_text(
+        "import torch, utils, dataset, evaluate, figures\n"
+        f"print(torch.hub.load({str(ROOT)!r}, 'alexnet', source='local').config['num_classes'])\n"
+    )
+    assert run_python(tmp_path / "program.py", cwd=tmp_path).stdout == "10\n"
+
+
 def test_hub_finds_the_network_and_the_classifier():
     network = torch.hub.load(str(ROOT), "alexnet", source="local", num_classes=7, groups=2)
     assert network.config["num_classes"] == 7
@@ -215,6 +226,21 @@ def test_figure_has_five_classes_and_any_name(folder, monkeypatch, capsys):
     assert r"caf\udce9.png: " in capsys.readouterr().out
     bars = [axes for axes in figure[0].axes if axes.patches]
     assert [len(axes.patches) for axes in bars] == [5, 5]
+
+
+def test_files_are_written_though_nobody_reads_the_output(folder, monkeypatch):
+    """As with | head: a print then fails."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    files = folder / "x.json", folder / "x.svg"
+    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(utils, "_drop_output", lambda: None)
+    assert run(monkeypatch, folder / "0.png", "--json", files[0], "--figure", files[1]) == 128 + 13
+    assert len(json.loads(files[0].read_text())) == 1
+    assert files[1].read_text().startswith("<?xml")
 
 
 def test_picture_from_a_pipe(folder, monkeypatch, capsys):

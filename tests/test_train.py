@@ -484,7 +484,9 @@ def test_interrupted_run_equals_an_uninterrupted_one(tiny, kind, last_step, monk
         assert same(whole, parts), name
 
 
-def test_batches_are_those_of_the_settings_and_the_seconds_those_of_the_epoch(tiny, monkeypatch):
+def test_batches_are_those_of_the_settings_and_the_seconds_those_of_the_epoch(
+    tiny, monkeypatch, capfd
+):
     """Each step takes a second; Ctrl-C comes in the eighth."""
     seen, seconds = [], 0
 
@@ -500,6 +502,7 @@ def test_batches_are_those_of_the_settings_and_the_seconds_those_of_the_epoch(ti
     monkeypatch.setattr(train, "train_step", step)
     options = ("--epochs", 2, "--seed", 3, "--augmentation", "strong", "--output-dir", "run")
     assert tiny(*options) == 128 + signal.SIGINT
+    assert capfd.readouterr().err.count("stopping after this step; Ctrl-C again") == 1
     assert tiny("--resume", "run") == 0
     split = dataset.draw_shapes().train
     how = Preprocessing.of(split.images), Augmentation.of("strong", split.images)
@@ -559,6 +562,22 @@ def test_run_killed_before_its_first_save_starts_over(tiny):
             path.unlink()
     assert tiny("--resume", "run") == 0
     assert rows("run") == expected
+
+
+def test_run_whose_last_checkpoint_was_deleted_is_not_begun_anew(tiny, capsys):
+    """As after tidying up, or in results/, where no checkpoints are."""
+    assert tiny("--epochs", 1, "--output-dir", "run") == 0
+    Path("run/last.pt").unlink()
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    assert tiny("--resume", "run", "--epochs", 2) == 2
+    assert "--resume run: its last.pt is gone" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_file_in_place_of_a_run_is_named(tiny, capsys):
+    Path("last.pt").write_bytes(b"")
+    assert tiny("--resume", "last.pt") == 2
+    assert "--resume last.pt is a file; name its folder, ." in capsys.readouterr().err
 
 
 def test_run_of_the_first_version_is_resumed(tiny, capsys, monkeypatch):
@@ -751,6 +770,29 @@ def test_output_dir_that_cannot_be_made(tiny, capsys, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert tiny("--output-dir", "locked/run") == 2
     assert "cannot make the folder locked/run: Permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("link", ["runs", "runs/shapes-sgd"])
+def test_link_to_nothing_is_one_line(tmp_path, link):
+    """As when a cluster's scratch space was cleared: the name is taken, and nothing is there."""
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "gone")
+    done = run_python(ROOT / "train.py", "--dataset", "shapes", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "train.py: error: cannot make the folder runs/shapes-sgd: File exists\n"
+
+
+def test_empty_folder_in_one_that_is_not_writable_can_be_used(tmp_path, monkeypatch):
+    """As a cluster or a container gives it. The tests may run as root, who may write everywhere."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) == mine)
+    assert train.free_run_dir({}, mine) == mine
+    with pytest.raises(UserError, match="is not a writable folder"):
+        train.free_run_dir({}, tmp_path / "other")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != mine)
+    with pytest.raises(UserError, match="mine is not a writable folder"):
+        train.free_run_dir({}, mine)
 
 
 def test_two_runs_that_start_together_get_a_folder_each(tmp_path, monkeypatch):

@@ -164,7 +164,12 @@ def test_peak_memory_is_what_the_system_says():
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        MemoryError(),
+    ],
 )
 def test_out_of_memory_is_one_line(capsys, error):
     def fail():
