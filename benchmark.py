@@ -42,6 +42,7 @@ from utils import (
     autocast,
     compiled,
     environment,
+    first_line,
     keep_freed_memory,
     output_file,
     peak_memory_mib,
@@ -351,7 +352,7 @@ def work(case: Case, connection, variables: dict) -> None:
     except (EOFError, ConnectionError):
         return
     except (RuntimeError, UserError) as error:
-        connection.send(UserError(f"measuring {case} failed ({str(error).splitlines()[0]})"))
+        connection.send(UserError(f"measuring {case} failed ({first_line(error)})"))
 
 
 def serve(case: Case, connection) -> None:

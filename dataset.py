@@ -171,6 +171,14 @@ def _to_split(cifar: CIFAR10) -> Split:
     return Split(images, torch.tensor(cifar.targets))
 
 
+def data_dir_of(training: dict) -> Path:
+    """Where the run had CIFAR-10, if it is still there, else the default folder."""
+    folder = Path(str(training.get("data_dir", DEFAULT_DATA_DIR)))
+    # Unlike Path.is_dir(), which may raise an error for a folder that is closed to this user.
+    there = os.path.isdir(folder / CIFAR10.base_folder)
+    return folder if there else Path(DEFAULT_DATA_DIR)
+
+
 def _make_data_dir(data_dir: Path) -> None:
     if data_dir == Path(DEFAULT_DATA_DIR):
         try:

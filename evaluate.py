@@ -15,29 +15,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 import figures
+from checkpoint import load_network
 from dataset import (
     DATASETS,
     DEFAULT_DATA_DIR,
-    ENLARGED_SIZE,
     Dataset,
     Preprocessing,
     Split,
+    data_dir_of,
     load_dataset,
     plain_batches,
     view_maps,
 )
-from model import CHOICES, IMAGE_SIZE, INITS, AlexNet
+from model import IMAGE_SIZE, INITS, AlexNet
 from parallel import Processes
-from recipes import data_dir_of
 from utils import (
-    DAMAGE_ERRORS,
     OneLineParser,
     UserError,
     autocast,
     device_name,
     environment,
     keep_freed_memory,
-    load_checkpoint,
     output_file,
     run_script,
     select_device,
@@ -52,76 +50,6 @@ FIGURE_IMAGES = 8  # in a figure
 NEIGHBOURS = 6  # of an image, as in the paper's Fig. 4
 
 
-def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
-    """The network of a checkpoint in eval mode, its preprocessing, and the checkpoint's content.
-
-    Raises UserError, naming the file, if it is not a checkpoint or its parts do not fit together.
-    """
-    checkpoint = load_checkpoint(path)
-    try:
-        check_dicts(checkpoint, "model", "weights", "preprocessing", "training")
-        _check_known(path, checkpoint["model"])
-        with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-            network = AlexNet(**checkpoint["model"])
-        network.load_state_dict(checkpoint["weights"], assign=True)
-        preprocessing = Preprocessing(**checkpoint["preprocessing"])
-        _check_fits(checkpoint, network, preprocessing)
-    except DAMAGE_ERRORS as error:
-        reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
-        raise UserError(f"{path} is not a complete checkpoint ({reason}); use another") from None
-    return network.eval().to(memory_format=torch.channels_last), preprocessing, checkpoint
-
-
-def check_dicts(content: dict, *names: str) -> None:
-    """Raises TypeError if a part of a checkpoint that has parts itself is none."""
-    for name in names:
-        if not isinstance(content[name], dict):
-            raise TypeError(f"{name} is not a dictionary")
-
-
-def _check_known(path: str | Path, settings: dict) -> None:
-    """Raises UserError for a setting of the network, or its value, that model.py does not have."""
-    for name, value in settings.items():
-        _check_plain(value)
-        if name in ("num_classes", "dropout"):
-            continue  # numbers, whose range AlexNet checks
-        if value not in CHOICES.get(name, ()):
-            raise UserError(
-                f"{path} holds a network with {name!a:.40} = {value!a:.40}, which this version "
-                "does not know; use the program's version that wrote it"
-            )
-
-
-def _check_plain(*values) -> None:
-    """Raises TypeError for anything whose comparison or printing could take for ever."""
-    if not all(isinstance(value, str | int | float | None) for value in values):
-        raise TypeError("a setting is no plain value")
-
-
-def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing) -> None:
-    """Raises ValueError, TypeError or KeyError for what evaluation could not work with."""
-    for weight in network.parameters():
-        if weight.dtype != torch.float32 or weight.layout != torch.strided or weight.is_meta:
-            raise ValueError("a weight is not made of float32 numbers")
-    classes, training = checkpoint["classes"], checkpoint["training"]
-    if not isinstance(classes, list):
-        raise TypeError("the classes are no list")
-    if len(classes) != network.config["num_classes"] or not all(map(str.isprintable, classes)):
-        raise ValueError("the classes do not fit the network")
-    for numbers in (preprocessing.mean, preprocessing.std):
-        if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-            raise ValueError("preprocessing needs a mean and a deviation for each of 3 channels")
-    sizes = preprocessing.size, preprocessing.enlarged_size
-    allowed = (IMAGE_SIZE, IMAGE_SIZE), (IMAGE_SIZE, ENLARGED_SIZE)
-    if min(preprocessing.std) <= 0 or sizes not in allowed:
-        raise ValueError("the preprocessing does not fit the network")
-    if training["dataset"] not in DATASETS or training["precision"] not in ("fp32", "bf16"):
-        raise ValueError("the data set or the precision is unknown")
-    _check_plain(*training, *training.values())
-    if not all(isinstance(count, int) for count in (checkpoint["epoch"], training["epochs"])):
-        raise TypeError("the number of epochs is no whole number")
-
-
 def predict(
     network: AlexNet,
     images: Tensor,
@@ -131,7 +59,8 @@ def predict(
 ) -> Tensor:
     """Logits, float32 [N, classes], of uint8 images [N, 3, H, W] on the network's device.
 
-    view is the map [2, 3] through which all of them are seen, by default the preprocessing's.
+    view is the map [2, 3] through which all of them are seen, by default the preprocessing's. The
+    network is in eval mode from then on.
     """
     network.eval()
     return in_batches(network, images, preprocessing, precision, view)
@@ -176,7 +105,7 @@ def predict_ten_views(
     return torch.stack(logits).log_softmax(2).logsumexp(0) - math.log(len(views))
 
 
-def likeliest(probabilities: Tensor, classes: list[str], count: int) -> list[dict]:
+def top_classes(probabilities: Tensor, classes: list[str], count: int) -> list[dict]:
     """The likeliest classes with their probabilities (0..1), most likely first."""
     values, indices = probabilities.topk(min(count, len(classes)))
     return [
@@ -338,7 +267,7 @@ def draw_predictions(
     for place in places.tolist():
         label = split.labels[place].item()
         captions.append(classes[label])
-        result = likeliest(probabilities[place], classes, 5)
+        result = top_classes(probabilities[place], classes, 5)
         results.append([item | {"right": item["class"] == classes[label]} for item in result])
     return figures.likeliest(list(split.images[places].cpu()), captions, results)
 

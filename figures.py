@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torchvision.utils import make_grid
 
-from utils import OneLineParser, UserError, atomic_write, output_file, read_csv, run_script
+from utils import OneLineParser, UserError, atomic_write, output_file, read_history, run_script
 
 # Its import logs two lines if the home folder cannot be written to.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -468,23 +468,6 @@ def compared_curves(histories: dict[str, list[dict]], against: str = "epoch") ->
 # ---------------------------------------------------------------------------------------------
 # The script: several runs in one picture
 # ---------------------------------------------------------------------------------------------
-
-
-def read_history(run_dir: Path) -> list[dict]:
-    """What compared_curves() takes of a run. Raises UserError if it has no validated epochs."""
-    try:
-        history, seconds = [], 0.0
-        for row, time in zip(
-            read_csv(run_dir / "metrics.csv"), read_csv(run_dir / "timing.csv"), strict=True
-        ):
-            seconds += float(time["seconds"])
-            numbers = {name: float(row[name]) for name in ("epoch", "val_loss", "val_accuracy")}
-            history.append({**numbers, "minutes": seconds / 60})
-        if history:
-            return history
-    except (OSError, UnicodeDecodeError, LookupError, ValueError, TypeError):
-        pass
-    raise UserError(f"{run_dir} has no validated epochs; name the folders of runs of train.py")
 
 
 def parse_arguments() -> argparse.Namespace:

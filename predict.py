@@ -19,12 +19,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import figures
+from checkpoint import load_network
 from dataset import Preprocessing
-from evaluate import likeliest, load_network, predict
+from evaluate import predict, top_classes
 from model import AlexNet
 from utils import (
     OneLineParser,
     UserError,
+    first_line,
     keep_freed_memory,
     output_file,
     positive_int,
@@ -108,7 +110,7 @@ def read_picture(source: str | Path) -> Tensor:
     except FileNotFoundError:
         raise UserError(f"{source} does not exist") from None
     except Exception as error:  # Pillow raises many types on a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{source} is no JPEG, PNG or WebP picture ({reason:.200})") from None
 
 
@@ -174,7 +176,7 @@ def main() -> int:
     if pictures:
         probabilities = classifier.probabilities(torch.stack(pictures))
         classes = classifier.classes
-        results = [likeliest(row, classes, len(classes)) for row in probabilities]
+        results = [top_classes(row, classes, len(classes)) for row in probabilities]
     if args.json:
         content = [{"picture": n, "likeliest": r} for n, r in zip(names, results, strict=True)]
         write_json(args.json, content)

@@ -3,14 +3,12 @@
 import argparse
 import functools
 import json
-import os
 from pathlib import Path
 
 import torch
-from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
-from dataset import AUGMENTATIONS, DATASETS, DEFAULT_DATA_DIR, INPUTS
+from dataset import AUGMENTATIONS, DATASETS, DEFAULT_DATA_DIR, INPUTS, data_dir_of
 from model import CHOICES, INITS
 from utils import (
     DAMAGE_ERRORS,
@@ -18,9 +16,9 @@ from utils import (
     UserError,
     fraction,
     non_negative_float,
-    non_negative_int,
     positive_float,
     positive_int,
+    seed,
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -170,9 +168,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--norm", choices=CHOICES["norm"], help=recipe_defaults("norm"))
     add("--pooling", choices=CHOICES["pooling"], help=recipe_defaults("pooling"))
     add("--dropout", type=fraction, help=recipe_defaults("dropout"))
-    add(
-        "--seed", type=non_negative_int, help="of weights, order, augmentation, dropout; default: 0"
-    )
+    add("--seed", type=seed, help="of weights, order, augmentation, dropout; default: 0")
     add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
     add("--precision", choices=("auto", "fp32", "bf16"), help="default: auto")
     add("--compile", action=flag, help="let torch.compile fuse the network; for GPUs")
@@ -268,14 +264,6 @@ def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
     # Where a run of someone else had its data, nothing is to be downloaded to.
     config["data_dir"] = str(data_dir_of(config))
     return {**config, **given}, starts
-
-
-def data_dir_of(training: dict) -> Path:
-    """Where the run had CIFAR-10, if it is still there, else the default folder."""
-    folder = Path(str(training.get("data_dir", DEFAULT_DATA_DIR)))
-    # Unlike Path.is_dir(), which may raise an error for a folder that is closed to this user.
-    there = os.path.isdir(folder / CIFAR10.base_folder)
-    return folder if there else Path(DEFAULT_DATA_DIR)
 
 
 def recorded_config(settings: dict) -> dict:

@@ -9,9 +9,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from figures import read_history
 from recipes import BEFORE
-from utils import OneLineParser, UserError, atomic_write, read_csv, run_script
+from utils import OneLineParser, UserError, atomic_write, read_csv, read_history, run_script
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -49,9 +48,10 @@ def read_run(folder: Path) -> dict:
 
 
 def read_runs(folder: Path) -> list[dict]:
-    """The runs of train.py whose folders are in this one, by name."""
+    """The runs of train.py on CIFAR-10 whose folders are in this one, by name."""
     folders = [path.parent for path in sorted(folder.glob("*/config.json"))]
-    return [read_run(each) for each in folders if not (each / "ablation.csv").exists()]
+    runs = [read_run(each) for each in folders if not (each / "ablation.csv").exists()]
+    return [run for run in runs if run["settings"]["dataset"] == "cifar10"]
 
 
 def by_experiment(runs: list[dict]) -> list[list[dict]]:
@@ -86,8 +86,7 @@ def best_validation(run: dict) -> float | None:
 
 def results_table() -> str:
     """A row for each experiment on CIFAR-10 that was evaluated on the test split."""
-    runs = [run for run in read_runs(RESULTS) if run["settings"]["dataset"] == "cifar10"]
-    groups = by_experiment([run for run in runs if run["test"]])
+    groups = by_experiment([run for run in read_runs(RESULTS) if run["test"]])
     groups.sort(key=lambda group: -statistics.mean(run["test"]["accuracy"] for run in group))
     rows = []
     for group in groups:
@@ -133,8 +132,7 @@ def minutes_of(runs: list[dict]) -> str:
 def time_table() -> str:
     """Minutes of training after which an epoch's validation accuracy first was so high."""
     marks = (0.6, 0.7, 0.8, 0.9, 0.93, 0.94, 0.95)
-    runs = [run for run in read_runs(RESULTS) if run["settings"]["dataset"] == "cifar10"]
-    runs = [run for run in runs if run["test"] and best_validation(run)]
+    runs = [run for run in read_runs(RESULTS) if run["test"] and best_validation(run)]
     reached = [mark for mark in marks if any(best_validation(run) >= mark for run in runs)]
     rows = []
     for run in sorted(runs, key=lambda run: -best_validation(run)):
@@ -153,7 +151,6 @@ def minutes_until(run: dict, mark: float) -> float | None:
 def tried_table() -> str:
     """A row for each run on CIFAR-10, failures included, and its validation accuracy."""
     runs = [*read_runs(RESULTS), *read_runs(RESULTS / "search")]
-    runs = [run for run in runs if run["settings"]["dataset"] == "cifar10"]
     rows = []
     for run in sorted(runs, key=lambda run: -(best_validation(run) or 0)):
         done = f"{len(run['epochs'])} of {run['settings']['epochs']}"

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import figures
+from checkpoint import check_dicts, load_network, save_checkpoint
 from dataset import (
     DEFAULT_DATA_DIR,
     Augmentation,
@@ -33,7 +34,7 @@ from dataset import (
     stratified_subset,
     training_batches,
 )
-from evaluate import check_dicts, load_network, loss_and_accuracy, predict
+from evaluate import loss_and_accuracy, predict
 from model import CHOICES, AlexNet
 from parallel import Processes, is_connection_lost
 from recipes import (
@@ -57,13 +58,13 @@ from utils import (
     compiled,
     device_name,
     environment,
+    first_line,
     is_compiler_error,
     keep_freed_memory,
     make_deterministic,
     peak_memory_mib,
     remove_unfinished,
     run_script,
-    save_checkpoint,
     say,
     select_precision,
     write_csv,
@@ -236,10 +237,10 @@ class Run:
         images, augmentation = dataset.train.images, config["augmentation"]
         self.preprocessing = Preprocessing.of(images, config["input"], augmentation)
         self.augmentation = Augmentation.of(augmentation, images)
-        self.train = dataset.train.to(device)
+        self.train_split = dataset.train.to(device)
         # With all images in training, none are left to choose by.
-        self.val = dataset.val.to(device) if config["train_split"] == "train" else None
-        self.steps_per_epoch = math.ceil(len(self.train.labels) / config["batch_size"])
+        self.val_split = dataset.val.to(device) if config["train_split"] == "train" else None
+        self.steps_per_epoch = math.ceil(len(self.train_split.labels) / config["batch_size"])
         self.total_steps = self.steps_per_epoch * config["epochs"]
         self.network = make_network(config, len(self.classes))
         self.network.to(device, memory_format=torch.channels_last)
@@ -374,7 +375,7 @@ class Run:
             if name not in CHANGEABLE and recorded[name] != value:
                 raise UserError(f"{path} is not of this run: its {name!a:.40} is not {value}")
         try:
-            check_progress(content, self.steps_per_epoch, validated=self.val is not None)
+            check_progress(content, self.steps_per_epoch, validated=self.val_split is not None)
             self.evaluated.load_state_dict(network.state_dict())
             if self.average:
                 check_dicts(content, "weights_in_training")
@@ -390,8 +391,7 @@ class Run:
                 self.correct.copy_(progress["correct"])
             self.seconds, self.history = progress["seconds"], progress["history"]
         except DAMAGE_ERRORS as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{path} cannot be resumed from ({reason})") from None
+            raise UserError(f"{path} cannot be resumed from ({first_line(error)})") from None
         if self.epoch > self.config["epochs"]:
             raise UserError(
                 f"--epochs {self.config['epochs']} is less than the {self.epoch} that "
@@ -551,7 +551,7 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
     config = run.config
     run.network.train()
     batches = training_batches(
-        run.train,
+        run.train_split,
         run.preprocessing,
         augmentation_now(run),
         config["batch_size"],
@@ -585,11 +585,11 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
 
 def finish_epoch(run: Run) -> None:
     """Validates, notes the epoch in the run's folder and keeps the network if it is the best."""
-    images = len(run.train.labels)
-    val_loss, val_accuracy = validate(run) if run.val else (None, None)
-    if run.val and not math.isfinite(val_loss):
+    images = len(run.train_split.labels)
+    val_loss, val_accuracy = validate(run) if run.val_split else (None, None)
+    if run.val_split and not math.isfinite(val_loss):
         raise run.diverged(f"the validation loss became {val_loss}", run.step)
-    if not run.val and not run.is_finite():
+    if not run.val_split and not run.is_finite():
         raise run.diverged("a weight became NaN or infinite", run.step)
     train_loss, train_accuracy = running_metrics(run)
     last_rate = rate_now(run, (run.epoch + 1) * run.steps_per_epoch - 1)
@@ -608,14 +608,16 @@ def finish_epoch(run: Run) -> None:
         "peak_memory_mib": peak_memory_mib(run.device),
     }
     run.history.append(row)
-    if run.is_first and (not run.val or val_accuracy > best_before):
+    if run.is_first and (not run.val_split or val_accuracy > best_before):
         run.keep_best()
     run.step, run.seconds = 0, 0.0
     run.losses.zero_()
     run.correct.zero_()
     if run.is_first:
         run.write_history()
-    validation = f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}; " if run.val else ""
+    validation = (
+        f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}; " if run.val_split else ""
+    )
     run.say(
         f"epoch {run.epoch}/{run.config['epochs']}: "
         f"training loss {train_loss:.4f}, accuracy {train_accuracy:.2%}; "
@@ -626,14 +628,16 @@ def finish_epoch(run: Run) -> None:
 def validate(run: Run) -> tuple[float, float]:
     """Loss and accuracy on the validation split, of which each process sees its share."""
     share, precision = run.processes.share, run.config["precision"]
-    logits = torch.zeros(len(run.val.labels), len(run.classes), device=run.device)
-    logits[share] = predict(run.evaluated, run.val.images[share], run.preprocessing, precision)
-    return loss_and_accuracy(run.processes.sum(logits), run.val.labels)
+    logits = torch.zeros(len(run.val_split.labels), len(run.classes), device=run.device)
+    logits[share] = predict(
+        run.evaluated, run.val_split.images[share], run.preprocessing, precision
+    )
+    return loss_and_accuracy(run.processes.sum(logits), run.val_split.labels)
 
 
 def images_done(run: Run, step: int) -> int:
     """Images of an epoch that so many steps see."""
-    return min(step * run.config["batch_size"], len(run.train.labels))
+    return min(step * run.config["batch_size"], len(run.train_split.labels))
 
 
 def running_metrics(run: Run) -> tuple[float, float]:
@@ -661,7 +665,7 @@ class Progress:
         self.bar = tqdm(
             desc=f"epoch {run.epoch + 1}/{run.config['epochs']}",
             initial=images_done(run, run.step),
-            total=len(run.train.labels),
+            total=len(run.train_split.labels),
             unit="image",
             leave=False,
             disable=None if run.is_first else True,
@@ -723,7 +727,7 @@ class Progress:
         steps_left = run.total_steps - run.epoch * run.steps_per_epoch - run.step
         epochs_left = run.config["epochs"] - run.epoch
         # A validation image costs about a third of a training image: no backward pass.
-        validation_images = len(run.val.labels) if run.val else 0
+        validation_images = len(run.val_split.labels) if run.val_split else 0
         validation_steps = epochs_left * validation_images / run.config["batch_size"] / 3
         seconds = step_seconds * (steps_left + validation_steps)
         message = f"this run will take about {readable_duration(seconds)}"
@@ -846,7 +850,7 @@ def finish(run: Run) -> None:
     """Says how the run ended and what to do next."""
     seconds = sum(row["seconds"] for row in run.history)
     result = "best.pt is the last epoch's"
-    if run.val:
+    if run.val_split:
         best = max(run.history, key=lambda row: row["val_accuracy"])
         accuracy = f"{best['val_accuracy']:.2%}"
         result = f"best validation accuracy {accuracy} after epoch {best['epoch']}"
@@ -868,9 +872,9 @@ def train_and_report(run: Run) -> int:
     where = device_name(run.device)
     if run.processes.count > 1:
         where = f"{run.processes.count} processes, the first on {where}"
-    validation_images = len(run.val.labels) if run.val else 0
+    validation_images = len(run.val_split.labels) if run.val_split else 0
     run.say(
-        f"{run_name(config)}: {len(run.train.labels):,} training and "
+        f"{run_name(config)}: {len(run.train_split.labels):,} training and "
         f"{validation_images:,} validation images, "
         f"{config['epochs']} epochs, {config['precision']} on {where}\n"
         f"the run's folder is {run.dir}"
@@ -893,10 +897,9 @@ def train_and_report(run: Run) -> int:
 def explained(error: RuntimeError) -> Exception:
     """What to tell the user of an error that torch raised, or the error itself."""
     if is_compiler_error(error):
-        reason = str(error).splitlines()[0]
-        return UserError(f"--compile does not work here ({reason}); leave it out")
+        return UserError(f"--compile does not work here ({first_line(error)}); leave it out")
     if is_connection_lost(error):
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         return UserError(f"another process of this run has ended or is out of reach ({reason})")
     return error
 

@@ -1,4 +1,4 @@
-"""What the scripts share about a run: errors, device, precision, checkpoints, the run's record."""
+"""What the scripts share: errors, options, device, precision, files, the record of a run."""
 
 import argparse
 import contextlib
@@ -7,15 +7,12 @@ import ctypes
 import json
 import math
 import os
-import pickletools
 import platform
 import secrets
 import shlex
 import signal
 import subprocess
 import sys
-import warnings
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,17 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-FORMAT = "alexnet-cifar10"
-FORMAT_VERSION = 1
 UNFINISHED = ".unfinished-"  # how a file is called until it is whole
-# All that a checkpoint calls when it is loaded. torch allows more, such as bytearray, which makes
-# any amount of memory out of a few bytes.
-PICKLED = {
-    "collections OrderedDict",
-    "torch FloatStorage",
-    "torch LongStorage",
-    "torch._utils _rebuild_tensor_v2",
-}
 # What values of wrong types or sizes in a checkpoint can raise where they are used.
 DAMAGE_ERRORS = (
     ArithmeticError,
@@ -57,6 +44,11 @@ DAMAGE_ERRORS = (
 
 class UserError(Exception):
     """What the user can put right. Its one line names the file or option and says what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, as far as it fits into one line; its type if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def run_script(main) -> None:
@@ -157,8 +149,8 @@ def positive_int(text: str) -> int:
     return _number(text, int, lambda value: value > 0, "a whole number above 0")
 
 
-def non_negative_int(text: str) -> int:
-    """An argparse type, for what torch takes as a seed."""
+def seed(text: str) -> int:
+    """An argparse type: a whole number that torch takes as a seed."""
     return _number(
         text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to below 2^63"
     )
@@ -217,9 +209,8 @@ def select_device(name: str) -> torch.device:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # a GPU too old for this torch fails only here
     except Exception as error:  # torch raises many types
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"--device {name} cannot be used here ({reason}); try --device cpu"
+            f"--device {name} cannot be used here ({first_line(error)}); try --device cpu"
         ) from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or mps")
@@ -342,7 +333,7 @@ def atomic_write(path: Path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError.
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot write {path}: {first_line(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -363,11 +354,34 @@ def write_csv(path: Path, columns: Iterable[str], rows: list[dict]) -> None:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """The rows of a CSV file as text, none if it is not there."""
+    """The rows of a CSV file as text, none if it is not there. Raises UserError if it is none."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); use another") from None
+
+
+def read_history(run_dir: Path) -> list[dict]:
+    """A row for each epoch of a run: epoch, val_loss, val_accuracy, minutes of training so far.
+
+    Raises UserError if it has no validated epochs.
+    """
+    try:
+        history, seconds = [], 0.0
+        for row, time in zip(
+            read_csv(run_dir / "metrics.csv"), read_csv(run_dir / "timing.csv"), strict=True
+        ):
+            seconds += float(time["seconds"])
+            numbers = {name: float(row[name]) for name in ("epoch", "val_loss", "val_accuracy")}
+            history.append({**numbers, "minutes": seconds / 60})
+        if history:
+            return history
+    except (OSError, LookupError, ValueError, TypeError):
+        pass
+    raise UserError(f"{run_dir} has no validated epochs; name the folders of runs of train.py")
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -404,91 +418,6 @@ class FolderLock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Writes content (tensors and plain types) so that path is always a whole checkpoint."""
-    with atomic_write(path) as temporary:
-        torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **content}, temporary)
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """Reads a checkpoint of train.py onto the CPU. Nothing in the file is executed.
-
-    Raises UserError, naming the file, if it is missing, damaged, of another program, or newer.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a checkpoint in it, such as {path / 'best.pt'}")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no ordinary file; use another")  # a pipe could be endless
-    try:
-        _check_archive(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the errors below say all there is to say
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except Exception:  # torch's reader raises many types on a damaged file
-        raise UserError(f"{path} is truncated or damaged; use another file") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this program: train.py writes those")
-    version = content.get("format_version")
-    if type(version) is not int:
-        raise UserError(f"{path} is not a complete checkpoint: it has no format version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {version}; this program reads "
-            f"version {FORMAT_VERSION}: use the program's version that wrote it"
-        )
-    return content
-
-
-def _calls(data: bytes) -> set[str]:
-    """What a pickle would have called when loaded, and "?" for what it does not name outright."""
-    found = set()
-    for operation, argument, _ in pickletools.genops(data):
-        if operation.name == "GLOBAL":
-            found.add(argument)
-        elif operation.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"):
-            found.add("?")
-    return found
-
-
-def _check_archive(path: Path) -> None:
-    """Raises UserError for a file that train.py cannot have written, before anything is loaded.
-
-    torch.save writes zip archives without compression. torch.load also reads compressed ones and an
-    older format, which can claim any amount of memory.
-    """
-    with open(path, "rb") as file:
-        if not file.read(4) == b"PK\x03\x04":
-            raise UserError(f"{path} is not a checkpoint; use another file")
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > path.stat().st_size:
-            raise UserError(
-                f"{path} would unpack to {unpacked:,} bytes, more than it has, so it was not "
-                "loaded; train.py writes none like that"
-            )
-        names = archive.namelist()
-        if len({name.lower() for name in names}) < len(names):  # torch may see another than we
-            raise UserError(f"{path} has two parts of one name; use another file")
-        for name in names:
-            if name.lower().endswith("data.pkl") and not _calls(archive.read(name)) <= PICKLED:
-                raise UserError(
-                    f"{path} holds more than tensors and plain values, so it was not loaded: "
-                    "it could execute code. Only checkpoints written by train.py can be used"
-                )
 
 
 # ---------------------------------------------------------------------------------------------

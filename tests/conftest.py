@@ -15,9 +15,12 @@ from tiny_train import SHAPES_PER_CLASS, UNITS
 import dataset
 import model
 import train
+from dataset import Preprocessing
+from model import AlexNet
 from utils import run_script
 
 ROOT = Path(__file__).parent.parent
+CLASSES = list("abc")
 # cuBLAS reads it once, at a process's first product; train.py --deterministic needs it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
@@ -55,6 +58,21 @@ def run_python(*arguments, cwd, **settings):
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False, **settings
     )
+
+
+@pytest.fixture(scope="session")
+def content():
+    """A complete checkpoint of a network that was never trained."""
+    torch.manual_seed(0)
+    network = AlexNet(num_classes=3)
+    return {
+        "model": network.config,
+        "weights": network.state_dict(),
+        "classes": CLASSES,
+        "preprocessing": vars(Preprocessing([120.0] * 3, [60.0] * 3)),
+        "training": {"dataset": "shapes", "precision": "fp32", "epochs": 1},
+        "epoch": 1,
+    }
 
 
 @pytest.fixture(scope="session")

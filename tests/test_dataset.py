@@ -7,6 +7,7 @@ import tarfile
 import threading
 import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from dataset import (
     Preprocessing,
     Split,
     crop_maps,
+    data_dir_of,
     draw_shapes,
     inside_squares,
     load_cifar10,
@@ -598,6 +600,13 @@ def test_folder_of_the_data_itself_is_not_the_one_to_name(tiny_cifar10):
     with pytest.raises(UserError, match=f"name the one that it is in: {folder}$"):
         load_dataset("cifar10", folder / CIFAR10.base_folder)
     assert CIFAR10.base_folder not in [p.name for p in (folder / CIFAR10.base_folder).iterdir()]
+
+
+def test_run_data_dir_is_used_if_it_is_still_there(tmp_path):
+    training = {"data_dir": str(tmp_path)}
+    assert data_dir_of(training) == Path("data")
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert data_dir_of(training) == tmp_path
 
 
 def test_default_data_dir_is_made(tiny_cifar10, tmp_path, monkeypatch, serve):

@@ -31,7 +31,8 @@ import dataset
 import evaluate
 import model
 import train
-from utils import load_checkpoint, run_script
+from checkpoint import load_checkpoint
+from utils import run_script
 
 resource = pytest.importorskip("resource")  # not on Windows
 FIRST_VERSION = ROOT / "tests" / "first-version"

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import figures
-from utils import UserError
+from utils import UserError, read_history
 
 HISTORY = [
     {
@@ -191,7 +191,7 @@ def write_run(folder, *rows):
 def test_curves_of_several_runs_are_laid_over_each_other(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "a", "1,5,0.1,2,0.1,1.5,0.2", "2,10,0.1,2,0.1,1.0,0.5")
     write_run(tmp_path / "b", "1,5,0.1,2,0.1,0.5,0.75")
-    histories = {name: figures.read_history(tmp_path / name) for name in "ab"}
+    histories = {name: read_history(tmp_path / name) for name in "ab"}
     loss, accuracy = figures.compared_curves(histories).axes
     assert [list(line.get_ydata()) for line in loss.lines] == [[1.5, 1.0], [0.5]]
     assert [line.get_label() for line in accuracy.lines] == ["a: best 50.0 %", "b: best 75.0 %"]
@@ -233,4 +233,12 @@ def test_runs_of_one_name_in_two_folders_are_two_curves(tmp_path, monkeypatch):
 def test_folder_without_epochs_is_named(tmp_path, row):
     write_run(tmp_path / "run", row)
     with pytest.raises(UserError, match="has no validated epochs"):
-        figures.read_history(tmp_path / "run")
+        read_history(tmp_path / "run")
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"x" * 200_000], ids=["no text", "a long field"])
+def test_damaged_record_is_named(tmp_path, data):
+    write_run(tmp_path / "run", "1,5,0.1,2,0.1,1.5,0.2")
+    (tmp_path / "run" / "metrics.csv").write_bytes(b"epoch,val_loss\n" + data)
+    with pytest.raises(UserError, match=r"metrics\.csv is damaged"):
+        read_history(tmp_path / "run")

@@ -17,8 +17,8 @@ from PIL import Image
 import figures
 import predict
 import utils
+from checkpoint import load_network
 from dataset import draw_shapes
-from evaluate import load_network
 from predict import Classifier, read_picture
 from utils import UserError, run_script
 

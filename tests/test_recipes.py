@@ -93,13 +93,6 @@ def test_flag_of_a_run_can_be_taken_back(tiny):
     assert json.loads(Path("run/config.json").read_text())["settings"]["deterministic"] is False
 
 
-def test_run_data_dir_is_used_if_it_is_still_there(tmp_path):
-    training = {"data_dir": str(tmp_path)}
-    assert recipes.data_dir_of(training) == Path("data")
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    assert recipes.data_dir_of(training) == tmp_path
-
-
 def test_automatic_precision_is_that_of_the_run():
     run = ROOT / "tests" / "first-version"
     config, _ = recipes.resumed_config(run, {"precision": "auto"})

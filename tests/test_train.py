@@ -23,8 +23,9 @@ import evaluate
 import model
 import recipes
 import train
+from checkpoint import load_network
 from dataset import Augmentation, Dataset, Preprocessing, Split, training_batches
-from evaluate import load_network, loss_and_accuracy, predict
+from evaluate import loss_and_accuracy, predict
 from model import AlexNet
 from parallel import Processes
 from utils import FolderLock, UserError, select_precision
@@ -104,7 +105,7 @@ def test_step_waits_for_no_value(given, monkeypatch):
     assert (run.mix is None) == (config["mix"] == "none")
     for group in run.optimizer.param_groups:
         group["fused"] = False  # not for meta either
-    arguments = run.train, run.preprocessing, run.augmentation, config["batch_size"], 0, 0
+    arguments = run.train_split, run.preprocessing, run.augmentation, config["batch_size"], 0, 0
     for images, labels in training_batches(*arguments):
         loss, correct = train.train_step(run, images, labels)
         run.losses[run.step] = loss
@@ -123,7 +124,7 @@ def test_steps_do_not_wait_for_a_gpu(compiled):
     given = {"dataset": "shapes", "precision": "bf16", "ema": 0.99, "compile": compiled}
     config = recipes.new_config(given)
     run = train.Run(Path("run"), config, dataset.draw_shapes(), torch.device("cuda"), Processes())
-    arguments = run.train, run.preprocessing, run.augmentation, config["batch_size"], 0, 0
+    arguments = run.train_split, run.preprocessing, run.augmentation, config["batch_size"], 0, 0
     try:
         for images, labels in training_batches(*arguments):
             loss, _ = train.train_step(run, images, labels)
@@ -205,7 +206,7 @@ def bare_run(network, **given):
     config = recipes.new_config({"batch_size": 6, "precision": "fp32", **given})
     run = SimpleNamespace(config=config, device=torch.device("cpu"), processes=Processes())
     run.network = run.compiled = network
-    run.history, run.train, run.mix = [], SimpleNamespace(labels=range(60)), None
+    run.history, run.train_split, run.mix = [], SimpleNamespace(labels=range(60)), None
     run.optimizer, run.average = train.make_optimizer(network, config), None
     run.epoch, run.step, run.steps_per_epoch, run.total_steps = 0, 0, 10, 20
     return run
