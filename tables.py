@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from recipes import BEFORE
+from recipes import BEFORE, as_command_line, new_config, recorded_config
 from utils import OneLineParser, UserError, atomic_write, read_csv, read_history, run_script
 
 ROOT = Path(__file__).parent
@@ -30,7 +30,7 @@ def markdown(header: list[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def read_run(folder: Path) -> dict:
-    """A run's settings, first command, epochs, minutes of training, and test.json if it has one."""
+    """A run's settings and command, epochs, minutes of training, and test.json if it has one."""
     record = json.loads((folder / "config.json").read_text())
     # The first version of train.py noted one start only.
     start = record["starts"][0] if "starts" in record else record["environment"]
@@ -38,7 +38,7 @@ def read_run(folder: Path) -> dict:
     return {
         "folder": folder.name,
         "settings": record["settings"],
-        "command": start["command"],
+        "command": command_for(record["settings"]),
         "device": start["device"],
         "epochs": read_csv(folder / "metrics.csv"),
         "minutes": sum(float(row["seconds"]) for row in read_csv(folder / "timing.csv")) / 60,
@@ -65,9 +65,29 @@ def by_experiment(runs: list[dict]) -> list[list[dict]]:
     return list(groups.values())
 
 
-def without_seed(command: str) -> str:
-    """The command that all seeds of an experiment have in common."""
-    return re.sub(r" --(seed|output-dir)[ =]\S+", "", command)
+def command_for(settings: dict) -> str:
+    """The command that trains with a run's settings today; its recipe may have been another then.
+
+    Without the seed and the other settings that do not make it another experiment.
+    """
+    settings = recorded_config(settings)
+    chosen = {name: settings[name] for name in ("recipe", "dataset", "optimizer")}
+    usual = {**new_config(chosen), "recipe": "modern", "dataset": "cifar10", "precision": "bf16"}
+    if settings["recipe"] == "modern":
+        usual["optimizer"] = None  # there is a choice, which is worth saying
+    ours = {**chosen, **settings}  # these three first
+    others = {
+        name: value
+        for name, value in ours.items()
+        if name not in NOT_COMPARED and value != usual.get(name)
+    }
+    return " ".join(["python train.py", *as_command_line(others)]).replace("=", " ")
+
+
+def with_seed(run: dict) -> str:
+    """The command of one run; a seed of 0 is the default."""
+    seed = run["settings"].get("seed", 0)
+    return f"`{run['command']} --seed {seed}`" if seed else f"`{run['command']}`"
 
 
 def percent(shares: list[float], interval: list[float] | None = None) -> str:
@@ -95,7 +115,7 @@ def results_table() -> str:
         errors = [test["calibration_error"] for test in tests if "calibration_error" in test]
         rows.append(
             [
-                f"[`{without_seed(group[0]['command'])}`](results/{group[0]['folder']})",
+                f"[`{group[0]['command']}`](results/{group[0]['folder']})",
                 str(len(group)),
                 percent(validation) if None not in validation else "",
                 percent([test["accuracy"] for test in tests], tests[0]["interval_95"]),
@@ -138,7 +158,7 @@ def time_table() -> str:
     for run in sorted(runs, key=lambda run: -best_validation(run)):
         minutes = [minutes_until(run, mark) for mark in reached]
         times = ["" if each is None else f"{each:.3g} min" for each in minutes]
-        rows.append([f"`{run['command']}`", run["device"], *times])
+        rows.append([with_seed(run), run["device"], *times])
     return markdown(["", "hardware", *(f"{mark:.0%}" for mark in reached)], rows)
 
 
@@ -156,7 +176,7 @@ def tried_table() -> str:
         done = f"{len(run['epochs'])} of {run['settings']['epochs']}"
         ends = [run["epochs"][place]["val_accuracy"] if run["epochs"] else "" for place in (0, -1)]
         accuracies = [f"{float(end):.1%}" if end else "" for end in ends]
-        rows.append([f"`{without_seed(run['command'])}`", done, *accuracies, run["note"]])
+        rows.append([with_seed(run), done, *accuracies, run["note"]])
     return markdown(["command", "epochs", "after the first", "after the last", ""], rows)
 
 

@@ -7,13 +7,15 @@ import sys
 import pytest
 from conftest import ROOT, rows
 
+import recipes
 import tables
-from recipes import recorded_config
+from recipes import make_parser, new_config, recorded_config
 from train import PATIENCE, learning_rate, plateau_rate
 from utils import run_script
 
 EVALUATED = sorted(path.parent for path in (ROOT / "results").glob("*/test.json"))
 TRAINED = sorted(path.parent for path in (ROOT / "results").glob("*/metrics.csv"))
+COMMAND = "python train.py --optimizer sgd --epochs 9 --lr 0.125"  # of write_run's runs
 IMAGES = {"cifar10": 10_000, "shapes": 1_000}  # in the test splits
 
 
@@ -37,9 +39,10 @@ def script(handlers_restored, monkeypatch, tmp_path):
 
 def write_run(folder, seed, test_accuracy, accuracies=(0.5, 0.75)):
     folder.mkdir(parents=True)
-    settings = {"dataset": "cifar10", "lr": 0.125, "seed": seed, "data_dir": f"data{seed}"}
-    settings |= {"epochs": 9}
-    start = {"command": f"python train.py --lr 0.125 --seed {seed}", "device": "a CPU, 2 threads"}
+    settings = {"dataset": "cifar10", "optimizer": "sgd", "epochs": 9, "lr": 0.125}
+    settings |= {"momentum": 0.9, "weight_decay": 5e-4, "precision": "bf16"}
+    settings |= {"seed": seed, "data_dir": f"data{seed}"}
+    start = {"device": "a CPU, 2 threads"}
     (folder / "config.json").write_text(json.dumps({"settings": settings, "starts": [start]}))
     rows = [f"{i},{i},0.1,2,0.1,1.5,{a}" for i, a in enumerate(accuracies, 1)]
     header = "epoch,step,lr,train_loss,train_accuracy,val_loss,val_accuracy"
@@ -89,6 +92,31 @@ def test_learning_rate_of_a_published_run_is_that_of_the_code(folder):
     assert [float(row["lr"]) for row in history] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("folder", TRAINED, ids=[folder.name for folder in TRAINED])
+def test_command_in_the_tables_has_the_settings_of_its_run(folder):
+    """Also when its recipe has changed since."""
+    settings = recorded_config(json.loads((folder / "config.json").read_text())["settings"])
+    program, script, *options = tables.command_for(settings).split()
+    assert [program, script] == ["python", "train.py"]
+    today = new_config(vars(make_parser().parse_args(options)))
+    names = settings.keys() - {*tables.NOT_COMPARED, "precision"}  # chosen by the hardware
+    assert {name: today[name] for name in names} == {name: settings[name] for name in names}
+
+
+def test_command_of_a_recipe_that_has_changed_says_what_it_was(monkeypatch):
+    settings = new_config({"recipe": "fast"}) | {"precision": "bf16"}
+    assert tables.command_for(settings) == "python train.py --recipe fast"
+    row = {**recipes.RECIPES["fast", "cifar10", "adam"], "lr": 0.5, "dropout": 0.25}
+    monkeypatch.setitem(recipes.RECIPES, ("fast", "cifar10", "adam"), row)
+    command = tables.command_for(settings | {"precision": "fp32"})
+    assert set(command.removeprefix("python train.py ").split(" --")) == {
+        "--recipe fast",
+        f"lr {settings['lr']}",
+        f"dropout {settings['dropout']}",
+        "precision fp32",
+    }
+
+
 def test_links_lead_to_the_results():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
@@ -133,7 +161,7 @@ def test_seeds_are_averaged(tmp_path, monkeypatch):
         write_run(tmp_path / f"run-{seed}", seed, accuracy)
     write_run(tmp_path / "not-evaluated", 7, None)
     header, _, row = tables.results_table().splitlines()
-    assert row.startswith("| [`python train.py --lr 0.125`](results/run-0) | 3 | 75.0% ± 0.0 | ")
+    assert row.startswith(f"| [`{COMMAND}`](results/run-0) | 3 | 75.0% ± 0.0 | ")
     mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
     assert f"| {mean:.1%} ± {100 * deviation:.1f} | {mean + 0.01:.1%} ± " in row
     assert row.endswith(" | 3.0% ± 0.0 | 0.500 | 3 min | a CPU, 2 threads |")
@@ -179,10 +207,10 @@ def test_single_seed_has_its_interval(tmp_path, monkeypatch):
 
 def test_time_until_an_accuracy(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    write_run(tmp_path / "run", 0, 0.8, accuracies=(0.5, 0.61, 0.6, 0.85))
+    write_run(tmp_path / "run", 5, 0.8, accuracies=(0.5, 0.61, 0.6, 0.85))
     header, _, row = tables.time_table().splitlines()
     assert header == "|  | hardware | 60% | 70% | 80% |"
-    assert row.endswith("--lr 0.125 --seed 0` | a CPU, 2 threads | 3 min | 6 min | 6 min |")
+    assert row.endswith("--lr 0.125 --seed 5` | a CPU, 2 threads | 3 min | 6 min | 6 min |")
 
 
 def test_search_shows_failures(tmp_path, monkeypatch):
@@ -193,5 +221,5 @@ def test_search_shows_failures(tmp_path, monkeypatch):
     (tmp_path / "search" / "bad" / "note.txt").write_text("diverged\n")
     good, chance, bad = tables.tried_table().splitlines()[2:]
     assert "| 1 of 9 | 9.8% | 9.8% |" in chance
-    assert good == "| `python train.py --lr 0.125` | 2 of 9 | 50.0% | 75.0% |  |"
-    assert bad == "| `python train.py --lr 0.125` | 0 of 9 |  |  | diverged |"
+    assert good == f"| `{COMMAND}` | 2 of 9 | 50.0% | 75.0% |  |"
+    assert bad == f"| `{COMMAND} --seed 1` | 0 of 9 |  |  | diverged |"
