@@ -305,6 +305,10 @@ def peak_memory_mib(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) // 2**20
+    with contextlib.suppress(OSError):  # Linux, whose getrusage counts the parent's memory as well
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) // 2**10  # from KiB
     try:
         import resource  # not on Windows
     except ImportError:

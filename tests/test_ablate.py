@@ -10,6 +10,7 @@ import pytest
 
 import ablate
 import dataset
+import figures
 import model
 import recipes
 import train
@@ -49,6 +50,10 @@ def test_ablation_from_the_runs_to_the_tables(ablation, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(run, images, labels)
 
+    drawn, draw = {}, figures.training_errors
+    monkeypatch.setattr(
+        figures, "training_errors", lambda errors, *a: drawn.update(errors) or draw(errors, *a)
+    )
     options = ("--seeds", 1, "--epochs", 2)
     monkeypatch.setattr(train, "train_step", terminate_in_second_run)
     assert ablation(*options) == 128 + signal.SIGTERM
@@ -71,6 +76,9 @@ def test_ablation_from_the_runs_to_the_tables(ablation, monkeypatch, capsys):
         assert [float(r["val_accuracy"]) for r in epochs] == [
             float(r["val_accuracy"]) for r in metrics
         ]
+    for label, name in (("ReLU", "base"), ("tanh", "tanh")):
+        errors = [1 - float(r["train_accuracy"]) for r in rows(f"out/{name}-0/metrics.csv")]
+        assert drawn[label] == [pytest.approx(errors, abs=1e-6)]
     for name in ("ablation.png", "relu-and-tanh.png"):
         assert Path("out", name).read_bytes().startswith(b"\x89PNG")
     assert not list(Path("out").rglob("*.pt"))
@@ -175,6 +183,7 @@ def test_rates_are_multiples_of_the_recipes():
     assert rates["half-rate"] == recipes.new_config({})["lr"] / 2
     assert rates["double-rate"] == rates["batch-256"] == recipes.new_config({})["lr"] * 2
     assert rates["mixup"] is None
+    assert [ablate.run_settings(args, "base", seed)["seed"] for seed in range(3)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,12 @@ def write_bare_pickle_attack(path, content):
     path.write_bytes(pickle.dumps(Attack()))
 
 
+def write_zip_bomb(path, content):
+    save_checkpoint(path, content)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(10**7))
+
+
 def write_newer_format(path, content):
     torch.save({**content, "format": FORMAT, "format_version": FORMAT_VERSION + 1}, path)
 
@@ -121,6 +127,7 @@ BAD_FILES = [
     (write_memory_bomb, "more than tensors"),
     (write_two_parts_of_one_name, "two parts of one name"),
     (write_bare_pickle_attack, "is not a checkpoint"),
+    (write_zip_bomb, "would unpack to"),
     (write_newer_format, "format version 2"),
 ]
 

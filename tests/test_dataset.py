@@ -440,6 +440,48 @@ def test_colour_noise_is_an_images_own_and_new_in_each_epoch():
     assert np.std(list(tints.values())) == pytest.approx(5, rel=0.15)
 
 
+def places(epoch, size, **how):
+    """Where in the small image, in pixels, the middle of each training image is; and if mirrored.
+
+    The images are red by the column and green by the row.
+    """
+    images = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    images[:, 0] = 4 * torch.arange(32)
+    images[:, 1] = 4 * torch.arange(32)[:, None]
+    split, plain = Split(images, torch.arange(64)), Preprocessing([0.0] * 3, [1.0] * 3, size=size)
+    [(seen, _)] = training_batches(split, plain, Augmentation(**how), 64, 0, epoch)
+    half, odd = size // 2, size % 2
+    middle = seen[:, :2, half - 1 + odd : half + 1, half - 1 + odd : half + 1].mean((2, 3)) / 4
+    return middle, seen[:, 0, half, half + 3] < seen[:, 0, half, half - 3]
+
+
+def test_images_are_shifted_and_mirrored_anew_in_each_epoch():
+    middle, mirrored = places(0, 32)
+    again, mirrored_again = places(1, 32)
+    shift = (middle - 15.5).abs()
+    assert 3 < shift.max() <= 4.01
+    assert len(middle[:, 0].unique()) > 5
+    assert 16 < mirrored.sum() < 48
+    assert not torch.allclose(middle, again)
+    assert not torch.equal(mirrored, mirrored_again)
+
+
+def test_images_are_cropped_at_whole_pixels_of_256():
+    """Pixel 113 is a crop's middle; 8 pixels of the enlarged image are one of the small one."""
+    middle, mirrored = places(0, 227, flip=False, crop=True)
+    corners = (middle + 0.5) * 8 - 113.5
+    torch.testing.assert_close(corners, corners.round(), rtol=0, atol=1e-2)
+    assert 0 <= corners.round().min() < 4
+    assert 26 <= corners.round().max() <= 29
+    assert not mirrored.any()
+
+
+def test_divisor_reaches_the_batches():
+    augmentation = Augmentation(flip=False, shift=0, colours=torch.zeros(3, 3), divisor=1.1)
+    for images, labels in batches(augmentation=augmentation):
+        torch.testing.assert_close(images.mean((1, 2, 3)), labels / 1.1, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", dataset.AUGMENTATIONS)
 def test_resumed_batches_are_the_rest_of_the_epoch(shapes, name):
     augmentation = Augmentation.of(name, shapes.train.images)

@@ -119,11 +119,28 @@ def test_summary_of_a_case_counted_by_hand():
     assert summary["accuracy"] == 0.5
     assert [row["accuracy"] for row in summary["per_class"]] == [1 / 2, 1, 2 / 5]
     assert [row["images"] for row in summary["per_class"]] == [2, 1, 5]
+    # Where a share p of right answers would be 1.96 deviations from 1/2, 1/1 and 4/8.
+    assert summary["per_class"][0]["interval_95"] == pytest.approx((0.0945, 0.9055), abs=1e-4)
+    assert summary["per_class"][1]["interval_95"] == pytest.approx((0.2065, 1), abs=1e-4)
+    assert summary["interval_95"] == pytest.approx((0.2152, 0.7848), abs=1e-4)
     first, *others = ((p["class"], p["taken_for"], p["images"]) for p in summary["most_confused"])
     assert first == ("c", "b", 2)
     assert set(others) == {("a", "b", 1), ("c", "a", 1)}
     # Right answers cost log(1 + 2 e^-9), wrong ones 9 more.
     assert summary["loss"] == pytest.approx(np.log(1 + 2 * np.exp(-9)) + 4.5, rel=1e-5)
+
+
+def test_pictures_stand_over_their_own_captions(monkeypatch):
+    images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 32, 32)
+    split = Split(images, torch.tensor([0, 1, 2]))
+    monkeypatch.setattr(evaluate.figures, "likeliest", lambda *drawn: drawn)
+    pictures, captions, results = evaluate.draw_predictions(
+        split, torch.eye(3), CLASSES, torch.tensor([2, 0])
+    )
+    assert [picture[0, 0, 0].item() for picture in pictures] == [2, 0]
+    assert captions == ["c", "a"]
+    assert [result[0]["class"] for result in results] == ["c", "a"]
+    assert all(result[0]["right"] for result in results)
 
 
 def test_prediction_does_not_depend_on_the_batches(content, monkeypatch):

@@ -84,6 +84,18 @@ def test_run_from_before_the_recipes_is_resumed(tiny, monkeypatch):
     assert len(rows("old")) == 2
 
 
+def test_old_run_is_read_as_what_it_was():
+    """What the first version did, which had no options for this."""
+    record = json.loads((ROOT / "tests" / "first-version" / "config.json").read_text())
+    config = recipes.recorded_config(record["settings"])
+    did = {"init": "he", "input": "standardised", "augmentation": "shift", "mix": "none"}
+    did |= {"augmentation_ramp": 0, "label_smoothing": 0, "ema": 0, "nesterov": False}
+    did |= {"schedule": "cosine", "warm_up": 0.05, "bias_lr_factor": 1, "bias_decay_factor": 1}
+    did |= {"activation": "relu", "norm": "lrn", "pooling": "overlapping", "dropout": 0.5}
+    did |= {"groups": 1, "recipe": "modern", "train_split": "train", "compile": False}
+    assert {name: config[name] for name in did} == did
+
+
 def test_flag_of_a_run_can_be_taken_back(tiny):
     assert tiny("--epochs", 1, "--output-dir", "run", "--deterministic") == 0
     assert torch.are_deterministic_algorithms_enabled()

@@ -239,6 +239,18 @@ def test_mixed_images_hold_as_much_of_each_as_their_labels(name):
     assert 0 < targets.max(1).values.min() < 1
 
 
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_share_of_a_mixed_image_is_uniform(name):
+    """Beta(1, 1), as alpha is 1: the smaller share is a quarter on average.
+
+    CutMix's rectangles are cut off at the edges, which makes it a little more.
+    """
+    mix = train.make_mix(recipes.new_config({"mix": name}), 2)
+    images, labels = torch.zeros(2, 3, 64, 64), torch.tensor([0, 1])
+    smaller = [mix(images, labels)[1].min().item() for _ in range(2000)]
+    assert np.mean(smaller) == pytest.approx(0.25, abs=0.04)
+
+
 def test_dropout_is_drawn_anew_for_each_seed_epoch_step_and_process():
     masks = set()
     layers = (torch.nn.Linear(4, 50), torch.nn.Dropout(), torch.nn.Linear(50, 3))
@@ -338,7 +350,39 @@ def test_full_split_trains_on_the_validation_images(tiny, capsys, monkeypatch):
         evaluate.main()
 
 
-def test_rate_falls_within_a_run_when_validation_stalls(tiny, monkeypatch):
+def test_full_split_is_training_and_validation_images(tiny):
+    given = {"dataset": "shapes", "train_split": "full", "device": "cpu", "output_dir": Path("run")}
+    with contextlib.closing(train.prepare(given, Processes())) as run:
+        shapes = dataset.draw_shapes()
+        for ours, *parts in zip(run.train_split, shapes.train, shapes.val, strict=True):
+            assert torch.equal(ours, torch.cat(parts))
+
+
+def test_rate_of_a_run_follows_the_schedule_to_its_end(tiny, monkeypatch):
+    """By hand: 5 steps an epoch, three tenths of all steps warm up; then two more epochs."""
+    used, step = [], train.train_step
+
+    def note(run, images, labels):
+        result = step(run, images, labels)
+        used.append(run.optimizer.param_groups[0]["lr"])
+        return result
+
+    monkeypatch.setattr(train, "train_step", note)
+    options = "--train-images 10 --batch-size 2 --lr 0.02 --warm-up 0.3 --epochs 2"
+    assert tiny(*options.split(), "--output-dir", "run") == 0
+    assert tiny("--resume", "run", "--epochs", 4) == 0
+
+    def rate(step, steps, warm_up):
+        if step < warm_up:
+            return 0.02 * (step + 1) / warm_up
+        return 0.01 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
+
+    expected = [rate(i, 10, 3) for i in range(10)] + [rate(i, 20, 6) for i in range(10, 20)]
+    assert used == pytest.approx(expected)
+    assert [float(row["lr"]) for row in rows("run")] == pytest.approx(expected[4::5])
+
+
+def test_rate_falls_within_a_run_when_validation_stalls(tiny, monkeypatch, capsys):
     """A network that never learns, by the numbers it is validated with: the first is the best."""
     accuracies = iter([0.1, 0.05, 0.1])
     monkeypatch.setattr(train, "PATIENCE", 1)
@@ -348,6 +392,7 @@ def test_rate_falls_within_a_run_when_validation_stalls(tiny, monkeypatch):
     assert [float(row["lr"]) for row in rows("run")] == pytest.approx([1e-3, 1e-3, 1e-4])
     assert torch.load("run/best.pt")["epoch"] == 1
     assert torch.load("run/last.pt")["epoch"] == 3
+    assert "best validation accuracy 10.00% after epoch 1" in capsys.readouterr().out
 
 
 def test_checkpoint_records_every_switch(tiny):

@@ -1,9 +1,8 @@
 import os
-import re
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, run_python
 
 from utils import (
     OneLineParser,
@@ -11,7 +10,6 @@ from utils import (
     atomic_write,
     autocast,
     make_deterministic,
-    peak_memory_mib,
     run_script,
     select_device,
     select_precision,
@@ -126,14 +124,21 @@ def test_automatic_device_without_a_gpu(monkeypatch):
     assert select_device("auto") == torch.device("cpu")
 
 
-def test_peak_memory_is_what_the_system_says():
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("needs Linux's /proc")
-    high_water = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-    assert peak_memory_mib(torch.device("cpu")) == pytest.approx(
-        int(high_water[1]) / 1024, rel=0.05
+def test_peak_memory_is_of_this_process_alone(tmp_path):
+    """A child of a process that holds 600 MiB more than it; Linux's ru_maxrss would have those."""
+    program = (
+        "import subprocess, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch, utils\n"
+        "if len(sys.argv) > 1:\n"
+        "    held = b'x' * (600 * 2**20)\n"
+        "    subprocess.run([sys.executable, sys.argv[0]], check=True)\n"
+        "print(utils.peak_memory_mib(torch.device('cpu')), flush=True)\n"
     )
+    (tmp_path / "program.py").write_text(program)
+    done = run_python(tmp_path / "program.py", "parent", cwd=tmp_path)
+    child, parent = map(int, done.stdout.split())
+    assert 100 < child < parent - 500
 
 
 @pytest.mark.parametrize(
