@@ -27,6 +27,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
+SLOW = ("test_notebook", "test_train", "test_faults")  # the files that take minutes
+
+
+def pytest_collection_modifyitems(items):
+    """Slow files first, so that none is left at the end to one of several processes (-n)."""
+    items.sort(key=lambda item: item.path.stem not in SLOW)
+
+
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="more of what tests/test_faults.py tries")
 
