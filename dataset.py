@@ -189,10 +189,11 @@ def _make_data_dir(data_dir: Path) -> None:
             raise UserError(f"cannot make the folder {data_dir}: {error.strerror}") from None
     if not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is not a folder; make it or name another")
-    if (data_dir / CIFAR10.train_list[0][0]).exists():
+    place = data_dir.resolve()
+    if place.name == CIFAR10.base_folder and not (place / CIFAR10.base_folder).exists():
         raise UserError(
             f"--data-dir {data_dir} is the data's own folder; name the one that it is in: "
-            f"{data_dir.absolute().parent}"
+            f"{place.parent}"
         )
 
 

@@ -12,6 +12,6 @@ def alexnet(**settings) -> AlexNet:
 
 def classifier(checkpoint: str, device: str = "auto"):
     """The predict.Classifier in a checkpoint of train.py: network, classes and preprocessing."""
-    from predict import Classifier  # not above: the bare network needs model.py and torch alone
+    from predict import Classifier  # not above: it imports names that the caller may have too
 
     return Classifier.from_checkpoint(checkpoint, device)

@@ -824,10 +824,13 @@ def open_folder(
 
 
 def has_checkpoint(run_dir: Path) -> bool:
-    """Whether the run was saved before it was stopped. Raises UserError if last.pt was deleted."""
+    """Whether the run was saved before it was stopped.
+
+    Raises UserError if it has come further than its first epoch's save and last.pt is gone.
+    """
     if (run_dir / "last.pt").exists():
         return True
-    if (run_dir / "curves.png").exists():  # drawn after last.pt is written, never before
+    if (run_dir / "curves.png").exists():  # drawn once last.pt is written
         raise UserError(
             f"--resume {run_dir}: its last.pt is gone, without which it would begin anew and "
             "overwrite what is there; start a new run"

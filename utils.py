@@ -123,7 +123,7 @@ class StopRequest:
 
     def _request(self, number, _frame) -> None:
         self.signal = number
-        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+        if number == signal.SIGINT and "RANK" not in os.environ:  # torchrun has its own words
             with contextlib.suppress(OSError):  # not print, in the middle of which this may be
                 os.write(2, b"\nstopping after this step; Ctrl-C again: at once, without saving\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -260,7 +260,8 @@ def make_deterministic(device: torch.device) -> None:
     """
     if device.type == "mps":
         raise UserError(
-            "--deterministic is for a CPU or an NVIDIA GPU; leave it or --device mps out"
+            "--deterministic is for a CPU or an NVIDIA GPU; use --no-deterministic, or leave "
+            "--device mps out"
         )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(True)

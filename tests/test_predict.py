@@ -159,7 +159,7 @@ def test_images_that_no_training_had_are_refused(images):
         classifier.probabilities(images)
 
 
-def test_hub_gives_the_network_to_a_program_with_other_modules_of_our_names(tmp_path):
+def test_hub_gives_the_network_to_a_program_with_other_utils_and_figures(tmp_path):
     for name in ("utils", "dataset", "evaluate", "figures"):
         (tmp_path / f"{name}.py").touch()
     (tmp_path / "program.py").write_text(

@@ -611,7 +611,7 @@ def test_run_killed_before_its_first_save_starts_over(tiny):
 
 
 def test_run_whose_last_checkpoint_was_deleted_is_not_begun_anew(tiny, capsys):
-    """As after tidying up, or in results/, where no checkpoints are."""
+    """As after tidying up, or in most folders of results/."""
     assert tiny("--epochs", 1, "--output-dir", "run") == 0
     Path("run/last.pt").unlink()
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
