@@ -826,7 +826,7 @@ def open_folder(
 def has_checkpoint(run_dir: Path) -> bool:
     """Whether the run was saved before it was stopped.
 
-    Raises UserError if it has come further than its first epoch's save and last.pt is gone.
+    Raises UserError if it was saved after an epoch and its last.pt is gone.
     """
     if (run_dir / "last.pt").exists():
         return True
