@@ -64,7 +64,7 @@ def run_python(*arguments, cwd, **settings):
     script, *rest = map(str, arguments)
     command = [sys.executable, str(ROOT / script), *rest]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False, **settings
+        command, cwd=cwd, capture_output=True, text=True, timeout=900, check=False, **settings
     )
 
 

@@ -39,7 +39,7 @@ def train_tiny(folder, processes, *options, fault="", restarts=0):
     if restarts:
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900
     )
 
 
