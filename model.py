@@ -39,7 +39,9 @@ class LocalResponseNorm(nn.Module):
 
         b[i] = a[i] / (k + alpha / size * sum_j a[j]^2) ^ beta
 
-    where j runs over the `size` channels centred on i, cut off at the first and last channel.
+    where j runs over the `size` channels centred on i, cut off at the first and last channel, and
+    with groups=2 at the border of the two halves: the towers of 2012 saw only their own channels
+    (layers/layers-145.cfg, channels=48).
     alpha is divided by `size`, as the 2012 source does (layer.py, NormLayerParser) and as
     torch.nn.LocalResponseNorm does; the paper prints the formula without it.
 
@@ -50,14 +52,24 @@ class LocalResponseNorm(nn.Module):
 
     Raises:
         TypeError: the input is not of a floating point type.
-        ValueError: the input has fewer than two dimensions, or size is below 1.
+        ValueError: the input has fewer than two dimensions or a number of channels that groups
+            does not divide, or size or groups is below 1.
     """
 
-    def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0):
+    def __init__(
+        self,
+        size: int = 5,
+        alpha: float = 1e-4,
+        beta: float = 0.75,
+        k: float = 2.0,
+        groups: int = 1,
+    ):
         super().__init__()
         if size < 1:
             raise ValueError(f"size must be at least 1 channel, got {size}")
-        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+        if groups < 1:
+            raise ValueError(f"groups must be at least 1, got {groups}")
+        self.size, self.alpha, self.beta, self.k, self.groups = size, alpha, beta, k, groups
 
     def forward(self, a: Tensor) -> Tensor:
         """Normalises activations [N, C, ...] over C; the output has their shape and type."""
@@ -65,14 +77,17 @@ class LocalResponseNorm(nn.Module):
             raise TypeError(f"LocalResponseNorm expects floating point numbers, got {a.dtype}")
         if a.dim() < 2:
             raise ValueError(f"LocalResponseNorm expects shape [N, C, ...], got {list(a.shape)}")
+        if a.shape[1] % self.groups:
+            raise ValueError(f"{a.shape[1]} channels cannot be split into {self.groups} groups")
         if not (a.is_contiguous() or a.movedim(1, -1).is_contiguous()):
             a = a.contiguous()  # the other two are cut into parts without a copy
         # A compiler differentiates and fuses the plain formula itself.
         apply = _normalise if torch.compiler.is_compiling() else _LocalResponseNorm.apply
-        return apply(a, self.size, self.alpha, self.beta, self.k)
+        return apply(a, self.size, self.alpha, self.beta, self.k, self.groups)
 
     def extra_repr(self) -> str:
-        return f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
+        text = f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
+        return text if self.groups == 1 else f"{text}, groups={self.groups}"
 
 
 class _LocalResponseNorm(torch.autograd.Function):
@@ -83,32 +98,36 @@ class _LocalResponseNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(a, size, alpha, beta, k):
+    def forward(a, size, alpha, beta, k, groups):
         out = torch.empty_like(a)
-        for a_part, out_part in _parts(a, out):
+        for a_part, out_part in _parts(groups, a, out):
             x = a_part.to(_at_least_float32(a))
             torch.mul(x, _power(_divisor(x, size, alpha, k), -beta), out=out_part)
         return out
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        a, *ctx.constants = inputs
+        a, *ctx.constants, ctx.groups = inputs
         ctx.save_for_backward(a)
 
     @staticmethod
     def backward(ctx, grad):
         (a,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be differentiable
-            out = _normalise(a, *ctx.constants)
-            return *torch.autograd.grad(out, a, grad, create_graph=True), None, None, None, None
-        out = torch.empty_like(a)
-        for a_part, grad_part, out_part in _parts(a, grad, out):
-            out_part.copy_(_gradient(grad_part, a_part, *ctx.constants))
-        return out, None, None, None, None
+            out = _normalise(a, *ctx.constants, ctx.groups)
+            out = torch.autograd.grad(out, a, grad, create_graph=True)[0]
+        else:
+            out = torch.empty_like(a)
+            for a_part, grad_part, out_part in _parts(ctx.groups, a, grad, out):
+                out_part.copy_(_gradient(grad_part, a_part, *ctx.constants))
+        return out, None, None, None, None, None
 
 
-def _normalise(a: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+def _normalise(a: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
     """The formula in plain operations, for a compiler and for second derivatives."""
+    if groups > 1:
+        towers = a.chunk(groups, dim=1)
+        return torch.cat([_normalise(tower, size, alpha, beta, k, 1) for tower in towers], dim=1)
     x = a.to(_at_least_float32(a))
     before, after = size // 2, (size - 1) // 2
     squares = F.pad(x * x, (0, 0) * (x.dim() - 2) + (before, after))
@@ -165,13 +184,14 @@ def _at_least_float32(a: Tensor) -> torch.dtype:
     return torch.promote_types(a.dtype, torch.float32)
 
 
-def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cuts tensors of one shape [N, C, ...] into matching parts [n, C, m].
+def _parts(groups: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cuts tensors of one shape [N, C, ...] into matching parts [n, C / groups, m].
 
     Parts of tensors that have the first one's memory format are views of them.
     """
     first = tensors[0]
-    n, channels, pixels = first.shape[0], first.shape[1], math.prod(first.shape[2:])
+    pixels = math.prod(first.shape[2:])
+    n, channels = first.shape[0] * groups, first.shape[1] // groups
     if first.is_contiguous():
         blocks = [t.reshape(n, channels, pixels) for t in tensors]
     else:  # channels last
@@ -193,8 +213,7 @@ class AlexNet(nn.Module):
     Args:
         num_classes: number of outputs of the last layer.
         groups: 1 connects every channel with every channel. 2 splits conv2, conv4 and conv5 into
-            the two towers that ran on two GPUs in 2012 (§3.2); LRN still looks across the border
-            between them, which it did not in 2012.
+            the two towers that ran on two GPUs in 2012 (§3.2), and LRN keeps to each of them.
         dropout: probability that an output of fc6 or fc7 is set to zero in training (§4.2).
         activation: "relu", or "tanh" for the saturating units it is compared with (§3.1).
         norm: after conv1 and conv2 (§3.3): "lrn" divides alpha by the window, as the 2012 source
@@ -237,10 +256,10 @@ class AlexNet(nn.Module):
         self.activation = nn.ReLU() if activation == "relu" else nn.Tanh()
         #                                                                    output for one image
         self.conv1 = nn.Conv2d(3, 96, 11, stride=4)  # 96 x 55 x 55
-        self.norm1 = _norm(norm)
+        self.norm1 = _norm(norm, groups)
         self.pool1 = _pool(pooling)  # 96 x 27 x 27
         self.conv2 = nn.Conv2d(96, 256, 5, padding=2, groups=groups)  # 256 x 27 x 27
-        self.norm2 = _norm(norm)
+        self.norm2 = _norm(norm, groups)
         self.pool2 = _pool(pooling)  # 256 x 13 x 13
         self.conv3 = nn.Conv2d(256, 384, 3, padding=1)  # 384 x 13 x 13
         self.conv4 = nn.Conv2d(384, 384, 3, padding=1, groups=groups)  # 384 x 13 x 13
@@ -357,12 +376,13 @@ class AlexNet(nn.Module):
         return "\n".join(lines)
 
 
-def _norm(name: str) -> nn.Module:
+def _norm(name: str, groups: int) -> nn.Module:
     if name == "none":
         return nn.Identity()
     size, alpha = 5, 1e-4
     # LocalResponseNorm divides alpha by its window; this undoes it.
-    return LocalResponseNorm(size, alpha * size if name == "lrn-as-printed" else alpha)
+    alpha = alpha * size if name == "lrn-as-printed" else alpha
+    return LocalResponseNorm(size, alpha, groups=groups)
 
 
 def _pool(name: str) -> nn.Module:

@@ -139,8 +139,11 @@ def numpy_alexnet(x, p, groups=1, activation=relu, norm=numpy_lrn, pool=numpy_po
     def conv(x, name, **settings):
         return activation(numpy_conv(x, p[f"{name}.weight"], p[f"{name}.bias"], **settings))
 
-    x = pool(norm(conv(x, "conv1", stride=4)))
-    x = pool(norm(conv(x, "conv2", padding=2, groups=groups)))
+    def norm_each_tower(x):
+        return np.concatenate([norm(tower) for tower in np.split(x, groups, axis=1)], axis=1)
+
+    x = pool(norm_each_tower(conv(x, "conv1", stride=4)))
+    x = pool(norm_each_tower(conv(x, "conv2", padding=2, groups=groups)))
     x = conv(x, "conv3", padding=1)
     x = conv(x, "conv4", padding=1, groups=groups)
     x = pool(conv(x, "conv5", padding=1, groups=groups))
@@ -181,7 +184,7 @@ def test_forward_equals_numpy_in_float64(settings, in_numpy, images):
 @pytest.mark.parametrize(
     ("settings", "changed"),
     [
-        ({"groups": 2}, {"conv2", "conv4", "conv5"}),
+        ({"groups": 2}, {"norm1", "conv2", "norm2", "conv4", "conv5"}),
         ({"activation": "tanh"}, {"activation"}),
         ({"norm": "lrn-as-printed"}, {"norm1", "norm2"}),
         ({"norm": "none"}, {"norm1", "norm2"}),
@@ -253,13 +256,19 @@ def test_lrn_takes_any_shape_and_exponent(shape, beta):
     np.testing.assert_allclose(ours.numpy(), numpy_lrn(a.numpy(), 3, 0.1, beta, 2.0), rtol=1e-13)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_lrn_equals_torch_in_float32(memory_format):
+def test_lrn_equals_torch_in_float32(memory_format, groups):
     """Large enough that the batch is worked through in parts."""
     a = (torch.randn(8, 96, 55, 55) * 50).relu().to(memory_format=memory_format)
     grad = torch.randn_like(a)
+    plain = nn.LocalResponseNorm(5, 1e-4, 0.75, 2.0)
+
+    def of_each_group(a):
+        return torch.cat([plain(part) for part in a.split(96 // groups, dim=1)], dim=1)
+
     results = []
-    for norm in (LocalResponseNorm(), nn.LocalResponseNorm(5, 1e-4, 0.75, 2.0)):
+    for norm in (LocalResponseNorm(groups=groups), of_each_group):
         leaf = a.clone().requires_grad_()
         out = norm(leaf)
         out.backward(grad)
@@ -268,6 +277,14 @@ def test_lrn_equals_torch_in_float32(memory_format):
     assert ours.is_contiguous(memory_format=memory_format)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(our_grad, their_grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_lrn_of_groups_is_differentiable_twice(memory_format):
+    norm = LocalResponseNorm(3, alpha=0.3, groups=2)
+    a = torch.randn(2, 6, 1, 2, dtype=torch.float64).to(memory_format=memory_format)
+    assert torch.autograd.gradcheck(norm, (a.requires_grad_(),))
+    assert torch.autograd.gradgradcheck(norm, (a,))
 
 
 def numpy_lrn_gradient(a, grad, size=5, alpha=1e-4, beta=0.75, k=2.0):
@@ -322,10 +339,11 @@ def test_lrn_gradient_of_another_memory_format():
     np.testing.assert_allclose(a.grad.numpy(), expected, rtol=1e-12)
 
 
-def test_lrn_compiled_equals_uncompiled():
-    norm = LocalResponseNorm(size=4, alpha=0.3)
+@pytest.mark.parametrize(("channels", "groups"), [(7, 1), (6, 2)])
+def test_lrn_compiled_equals_uncompiled(channels, groups):
+    norm = LocalResponseNorm(size=4, alpha=0.3, groups=groups)
     compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
-    a = torch.randn(2, 7, 3, 3, dtype=torch.float64, requires_grad=True)
+    a = torch.randn(2, channels, 3, 3, dtype=torch.float64, requires_grad=True)
     grad = torch.randn_like(a)
     expected = norm(a)
     torch.testing.assert_close(compiled(a), expected, rtol=1e-13, atol=0)
@@ -336,6 +354,10 @@ def test_lrn_compiled_equals_uncompiled():
 def test_lrn_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="size must be at least 1"):
         LocalResponseNorm(size=0)
+    with pytest.raises(ValueError, match="groups must be at least 1, got 0"):
+        LocalResponseNorm(groups=0)
+    with pytest.raises(ValueError, match="7 channels cannot be split into 2 groups"):
+        LocalResponseNorm(groups=2)(torch.ones(1, 7))
     with pytest.raises(TypeError, match=r"floating point numbers, got torch\.int64"):
         LocalResponseNorm()(torch.ones(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"\[N, C, \.\.\.\], got \[3\]"):
