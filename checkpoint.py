@@ -9,9 +9,11 @@ import math
 import pickletools
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dataset import DATASETS, ENLARGED_SIZE, Preprocessing
 from model import CHOICES, IMAGE_SIZE, AlexNet
@@ -26,6 +28,12 @@ PICKLED = {
     "torch FloatStorage",
     "torch LongStorage",
     "torch._utils _rebuild_tensor_v2",
+}
+VALIDATION = {"val_loss", "val_accuracy"}
+STATE_NAMES = {  # what an optimizer keeps for each parameter
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
 }
 
 
@@ -187,3 +195,68 @@ def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing
     _check_plain(*training, *training.values())
     if not all(isinstance(count, int) for count in (checkpoint["epoch"], training["epochs"])):
         raise TypeError("the number of epochs is no whole number")
+
+
+# ---------------------------------------------------------------------------------------------
+# What resuming needs besides
+# ---------------------------------------------------------------------------------------------
+
+
+def check_progress(
+    content: dict, steps_per_epoch: int, columns: Iterable[str], validated: bool
+) -> None:
+    """Raises ValueError, KeyError or TypeError for a last.pt that a run could not go on with.
+
+    columns are what the history has of each epoch; those of a run without validation may be None.
+    """
+    check_dicts(content, "progress", "optimizer")
+    check_dicts(content["optimizer"], "state")
+    progress, epoch = content["progress"], content["epoch"]
+    if not isinstance(progress["history"], list):
+        raise TypeError("its history is no list")
+    if type(progress["step"]) is not int or not 0 <= progress["step"] <= steps_per_epoch:
+        raise ValueError("it has no such step")
+    if len(progress["history"]) != epoch:
+        raise ValueError(f"its history is not one of {epoch!a:.40} epochs")
+    may_be_none = {"peak_memory_mib"}  # unknown on some systems
+    if not validated:
+        may_be_none |= VALIDATION
+        if any(row[name] is not None for row in progress["history"] for name in VALIDATION):
+            raise ValueError("its history has validations, and the run has none")
+    numbers = [progress["seconds"]]
+    for row in progress["history"]:
+        values = {name: row[name] for name in columns}
+        numbers += [v for name, v in values.items() if v is not None or name not in may_be_none]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise ValueError("its history is not made of numbers")
+
+
+def fitting_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """The optimizer's state from a file, each tensor laid out in memory as its parameter is.
+
+    The fused optimizers read that memory without looking. Raises ValueError or KeyError for a state
+    that is not all that the optimizer keeps.
+    """
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    keeps_nothing = optimizer.defaults.get("momentum") == 0  # SGD without momentum
+    if state.keys() != set(range(0 if keeps_nothing else len(parameters))):
+        raise ValueError("the optimizer's state is not that of all parameters")
+    fitting = {}
+    for number, tensors in state.items():
+        parameter = parameters[number]
+        if tensors.keys() != STATE_NAMES[type(optimizer)]:
+            raise ValueError("the optimizer's state is that of another")
+        fitting[number] = {
+            name: fitting_tensor(value, parameter.new_empty(()) if name == "step" else parameter)
+            for name, value in tensors.items()
+        }
+    return fitting
+
+
+def fitting_tensor(value: Tensor, model: Tensor) -> Tensor:
+    """A copy of value with the memory layout of model. Raises ValueError if it is another kind."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        raise ValueError("a part of the optimizer's state or a weight is no tensor")
+    if value.shape != model.shape or value.dtype != torch.float32:
+        raise ValueError("a part of the optimizer's state or a weight does not fit the network")
+    return torch.empty_like(model, requires_grad=False).copy_(value)

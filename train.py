@@ -8,6 +8,7 @@ needs) and best.pt (the best on the validation split, all that evaluate.py needs
 
 import contextlib
 import copy
+import itertools
 import math
 import os
 import shlex
@@ -23,7 +24,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import figures
-from checkpoint import check_dicts, load_network, save_checkpoint
+from checkpoint import (
+    check_dicts,
+    check_progress,
+    fitting_state,
+    fitting_tensor,
+    load_network,
+    save_checkpoint,
+)
 from dataset import (
     DEFAULT_DATA_DIR,
     Augmentation,
@@ -76,11 +84,6 @@ DIVISIONS = 3  # paper §5: the learning rate was "reduced three times prior to 
 
 METRICS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 TIMING = ("epoch", "seconds", "images_per_second", "peak_memory_mib")
-STATE_NAMES = {  # what an optimizer keeps for each parameter
-    torch.optim.SGD: {"momentum_buffer"},
-    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
-    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
-}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -196,8 +199,8 @@ def free_run_dir(config: dict, output_dir: Path | None) -> Path:
     if output_dir is None:
         recipe, optimizer = config["recipe"], config["optimizer"]
         name = f"{config['dataset']}-{optimizer if recipe == 'modern' else recipe}"
-        candidates = [Path("runs", name)] + [Path("runs", f"{name}-{i}") for i in range(2, 10000)]
-        return next(path for path in candidates if not path.exists())
+        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        return next(path for path in (Path("runs", each) for each in names) if not path.exists())
     if output_dir.exists() and (not output_dir.is_dir() or holds_something(output_dir)):
         raise UserError(
             f"--output-dir {output_dir} is not empty; go on with a run in it by "
@@ -333,7 +336,7 @@ class Run:
             content["weights_in_training"] = self.network.state_dict()
         if self.is_first:
             save_checkpoint(self.dir / "last.pt", content)
-            if self.history:  # not after each epoch, which on a GPU may be as short as this
+            if self.history:  # drawn here, as an epoch may be no longer than the drawing
                 curves = figures.learning_curves(self.history, run_name(self.config))
                 figures.save_figure(curves, self.dir / "curves.png")
         self.last_save = time.monotonic()
@@ -356,8 +359,9 @@ class Run:
 
     def diverged(self, what: str, step: int) -> DivergedError:
         """The error that ends a run gone wrong: where, what to try, what is left."""
-        files = (self.dir / "last.pt", self.dir / "best.pt")
-        kept = [str(path) for path in files if path.exists() or (self.best and path is files[1])]
+        last, best = self.dir / "last.pt", self.dir / "best.pt"
+        kept = [str(last)] if last.exists() else []
+        kept += [str(best)] if self.history else []  # written when the run ends, if not before
         fp32 = "" if self.config["precision"] == "fp32" else ", or --precision fp32"
         return DivergedError(
             f"{what} in epoch {self.epoch + 1}, step {step}; start a new run with a lower --lr "
@@ -375,7 +379,8 @@ class Run:
             if name not in CHANGEABLE and recorded[name] != value:
                 raise UserError(f"{path} is not of this run: its {name!a:.40} is not {value}")
         try:
-            check_progress(content, self.steps_per_epoch, validated=self.val_split is not None)
+            validated = self.val_split is not None
+            check_progress(content, self.steps_per_epoch, (*METRICS, *TIMING), validated)
             self.evaluated.load_state_dict(network.state_dict())
             if self.average:
                 check_dicts(content, "weights_in_training")
@@ -421,62 +426,10 @@ class Run:
             write_csv(self.dir / name, columns, self.history)
         if self.tensorboard:
             row = self.history[-1]
-            for name in row.keys() - {"epoch", "step"} - {n for n in row if row[n] is None}:
-                self.tensorboard.add_scalar(name, row[name], row["epoch"])
+            for name, value in row.items():
+                if name not in ("epoch", "step") and value is not None:
+                    self.tensorboard.add_scalar(name, value, row["epoch"])
             self.tensorboard.flush()
-
-
-def check_progress(content: dict, steps_per_epoch: int, validated: bool) -> None:
-    """Raises ValueError, KeyError or TypeError for what a run could not go on with."""
-    check_dicts(content, "progress", "optimizer")
-    check_dicts(content["optimizer"], "state")
-    progress, epoch = content["progress"], content["epoch"]
-    if not isinstance(progress["history"], list):
-        raise TypeError("its history is no list")
-    if type(progress["step"]) is not int or not 0 <= progress["step"] <= steps_per_epoch:
-        raise ValueError("it has no such step")
-    if len(progress["history"]) != epoch:
-        raise ValueError(f"its history is not one of {epoch!a:.40} epochs")
-    numbers = [progress["seconds"]]
-    for row in progress["history"]:
-        validation = [row["val_loss"], row["val_accuracy"]]
-        if not validated and validation != [None, None]:
-            raise ValueError("its history has validations, and the run has none")
-        numbers += validation if validated else []
-        numbers += [row[name] for name in (*METRICS[:-2], *TIMING[:-1])]
-        numbers += [row["peak_memory_mib"] or 0]  # unknown on some systems
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-        raise ValueError("its history is not made of numbers")
-
-
-def fitting_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """The optimizer's state from a file, each tensor laid out in memory as its parameter is.
-
-    The fused optimizers read that memory without looking. Raises ValueError or KeyError for a state
-    that is not all that the optimizer keeps.
-    """
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    if len(state) not in (0, len(parameters)):  # without momentum SGD keeps nothing
-        raise ValueError("the optimizer's state is not that of all parameters")
-    fitting = {}
-    for number, tensors in state.items():
-        parameter = parameters[number]
-        if tensors.keys() != STATE_NAMES[type(optimizer)]:
-            raise ValueError("the optimizer's state is that of another")
-        fitting[number] = {
-            name: fitting_tensor(value, parameter.new_empty(()) if name == "step" else parameter)
-            for name, value in tensors.items()
-        }
-    return fitting
-
-
-def fitting_tensor(value: Tensor, model: Tensor) -> Tensor:
-    """A copy of value with the memory layout of model. Raises ValueError if it is another kind."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-        raise ValueError("a part of the optimizer's state or a weight is no tensor")
-    if value.shape != model.shape or value.dtype != torch.float32:
-        raise ValueError("a part of the optimizer's state or a weight does not fit the network")
-    return torch.empty_like(model, requires_grad=False).copy_(value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -579,6 +532,7 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
             if is_save_due:
                 run.seconds = progress.seconds()
                 run.save()
+                progress.start_clock()  # saving is not training
         run.check_losses()
         run.seconds = progress.seconds()
 
@@ -593,7 +547,7 @@ def finish_epoch(run: Run) -> None:
         raise run.diverged("a weight became NaN or infinite", run.step)
     train_loss, train_accuracy = running_metrics(run)
     last_rate = rate_now(run, (run.epoch + 1) * run.steps_per_epoch - 1)
-    best_before = max((row["val_accuracy"] or 0 for row in run.history), default=-1.0)
+    improved = not run.val_split or all(val_accuracy > row["val_accuracy"] for row in run.history)
     run.epoch += 1
     row = {
         "epoch": run.epoch,
@@ -608,7 +562,7 @@ def finish_epoch(run: Run) -> None:
         "peak_memory_mib": peak_memory_mib(run.device),
     }
     run.history.append(row)
-    if run.is_first and (not run.val_split or val_accuracy > best_before):
+    if run.is_first and improved:
         run.keep_best()
     run.step, run.seconds = 0, 0.0
     run.losses.zero_()
@@ -660,8 +614,8 @@ class Progress:
     def __init__(self, run: Run):
         self.run = run
         self.first_step = run.step
-        self.seconds_before = run.seconds
-        self.started = self.warmed_up = self.last_shown = time.monotonic()
+        self.start_clock()
+        self.warmed_up = self.last_shown = self.started
         self.bar = tqdm(
             desc=f"epoch {run.epoch + 1}/{run.config['epochs']}",
             initial=images_done(run, run.step),
@@ -678,8 +632,12 @@ class Progress:
     def __exit__(self, *_) -> None:
         self.bar.close()
 
+    def start_clock(self) -> None:
+        """Counts from now on, after what was spent before."""
+        self.seconds_before, self.started = self.run.seconds, time.monotonic()
+
     def seconds(self) -> float:
-        """Spent on the epoch under way, before and after any interruption."""
+        """Spent training in the epoch under way, before and after any interruption."""
         return self.seconds_before + time.monotonic() - self.started
 
     def advance(self) -> None:
@@ -775,10 +733,8 @@ def prepare(given: dict, processes: Processes) -> Run:
         known = processes.from_first(lambda: (output_dir / "config.json").exists())
         resume = output_dir if known else None
     config, earlier_starts = resumed_config(resume, given) if resume else (new_config(given), [])
-    if config["batch_size"] < processes.count:
-        raise UserError(f"--batch-size {config['batch_size']} is less than one image per process")
-    if config["mix"] != "none" and config["batch_size"] < 2 * processes.count:
-        raise UserError(f"--mix {config['mix']} needs at least two images of a batch per process")
+    check_shares(config, processes)
+    # Refuses a folder that is taken before the data are loaded; open_folder() makes and settles it.
     run_dir = resume or processes.from_first(lambda: free_run_dir(config, output_dir))
     device = processes.select_device(config["device"])
     precision = select_precision(config["precision"], device)
@@ -787,19 +743,32 @@ def prepare(given: dict, processes: Processes) -> Run:
         make_deterministic(device)
     if config["tensorboard"] and processes.rank == 0:
         summary_writer_class()
-    with processes.one_before_the_others():
-        dataset = load_dataset(config["dataset"], config["data_dir"])
-    if config["train_split"] == "full":
-        dataset.train = dataset.train.joined_with(dataset.val)
-    if "train_images" in config:
-        dataset.train = stratified_subset(dataset.train, config["train_images"])
-    run = Run(run_dir, config, dataset, device, processes)
+    run = Run(run_dir, config, load_data(config, processes), device, processes)
     try:
         open_folder(run, earlier_starts, output_dir, resume)
     except BaseException:
         run.close()
         raise
     return run
+
+
+def check_shares(config: dict, processes: Processes) -> None:
+    """Raises UserError if a process's share of a batch has too few images."""
+    if config["batch_size"] < processes.count:
+        raise UserError(f"--batch-size {config['batch_size']} is less than one image per process")
+    if config["mix"] != "none" and config["batch_size"] < 2 * processes.count:
+        raise UserError(f"--mix {config['mix']} needs at least two images of a batch per process")
+
+
+def load_data(config: dict, processes: Processes) -> Dataset:
+    """The run's data set, with the training images that it asks for."""
+    with processes.one_before_the_others():  # which may download it
+        dataset = load_dataset(config["dataset"], config["data_dir"])
+    if config["train_split"] == "full":
+        dataset.train = dataset.train.joined_with(dataset.val)
+    if "train_images" in config:
+        dataset.train = stratified_subset(dataset.train, config["train_images"])
+    return dataset
 
 
 def open_folder(
@@ -849,7 +818,7 @@ def summary_writer_class() -> type:
     return SummaryWriter
 
 
-def finish(run: Run) -> None:
+def print_result(run: Run) -> None:
     """Says how the run ended and what to do next."""
     seconds = sum(row["seconds"] for row in run.history)
     result = "best.pt is the last epoch's"
@@ -869,7 +838,7 @@ def train_and_report(run: Run) -> int:
     config = run.config
     if run.epoch == config["epochs"]:
         run.say(f"{run.dir} has all its {run.epoch} epochs; give more --epochs to go on")
-        finish(run)
+        print_result(run)
         return 0
     stop = StopRequest()  # before the first line is printed to what may be a closed pipe
     where = device_name(run.device)
@@ -889,7 +858,7 @@ def train_and_report(run: Run) -> int:
     finally:
         run.save_best()  # whatever ended the run
     if not run.stopped_by:
-        finish(run)
+        print_result(run)
         return 0
     if run.is_first:
         command = command_line("train.py", "--resume", str(run.dir))

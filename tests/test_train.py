@@ -23,7 +23,7 @@ import evaluate
 import model
 import recipes
 import train
-from checkpoint import load_network
+from checkpoint import check_progress, fitting_state, load_network
 from dataset import Augmentation, Dataset, Preprocessing, Split, training_batches
 from evaluate import loss_and_accuracy, predict
 from model import AlexNet
@@ -311,18 +311,19 @@ def test_resume_with_damaged_weights_in_training(tiny, capsys):
 
 def test_history_has_numbers():
     last = torch.load(ROOT / "tests" / "first-version" / "last.pt")
-    train.check_progress(last, 5, validated=True)
+    columns = train.METRICS + train.TIMING
+    check_progress(last, 5, columns, validated=True)
     [row] = last["progress"]["history"]
     accuracy = row["val_accuracy"]
     for value in (None, "", [], {}, "x", math.nan):
         row["val_accuracy"] = value
         with pytest.raises((ValueError, TypeError)):
-            train.check_progress(last, 5, validated=True)
+            check_progress(last, 5, columns, validated=True)
     row |= {"val_loss": None, "val_accuracy": None}
-    train.check_progress(last, 5, validated=False)
+    check_progress(last, 5, columns, validated=False)
     row["val_accuracy"] = accuracy  # which a run without validation cannot have
     with pytest.raises(ValueError, match="validations"):
-        train.check_progress(last, 5, validated=False)
+        check_progress(last, 5, columns, validated=False)
 
 
 def test_weights_gone_wrong_are_not_kept_without_validation(tiny, monkeypatch):
@@ -464,9 +465,9 @@ def test_output_is_lines_when_it_is_no_terminal(trained_run):
 
 
 def test_one_epoch_leaves_chance(trained_run):
-    """Chance is 10 %; the whole run of the README reaches over 90 %."""
+    """Chance is 10% ± 1.3 of 500 images; the whole run of the README reaches over 90%."""
     folder, _ = trained_run
-    assert float(rows(folder / "runs" / "shapes-sgd")[0]["val_accuracy"]) > 0.2
+    assert float(rows(folder / "runs" / "shapes-sgd")[0]["val_accuracy"]) > 0.15
 
 
 def test_run_checkpoint_and_evaluation_agree(trained_run):
@@ -540,6 +541,9 @@ def test_batches_are_those_of_the_settings_and_the_seconds_those_of_the_epoch(
         nonlocal seconds
         seconds += 1
         seen.append([images, labels])
+        for weight in run.network.parameters():  # the optimizer's state is saved
+            weight.grad = torch.zeros_like(weight)
+        run.optimizer.step()
         if seconds == 8:
             os.kill(os.getpid(), signal.SIGINT)
         return torch.zeros(()), torch.zeros((), dtype=torch.int64)
@@ -645,7 +649,7 @@ def test_state_of_the_optimizer_is_laid_out_as_the_weights_are():
     plain = torch.randn(4, 3, 2, 2)
     for value in (plain, plain[:1, :1].expand(4, 3, 2, 2)):
         [[(name, fitted)]] = [
-            s.items() for s in train.fitting_state({0: {"momentum_buffer": value}}, sgd).values()
+            s.items() for s in fitting_state({0: {"momentum_buffer": value}}, sgd).values()
         ]
         assert name == "momentum_buffer"
         assert fitted.stride() == parameter.stride()
@@ -662,14 +666,16 @@ def test_state_of_the_optimizer_is_laid_out_as_the_weights_are():
         {0: {"momentum_buffer": torch.ones(2).to_sparse()}},
         {0: {"momentum_buffer": None}},
         {0: {"exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2), "step": torch.tensor(1.0)}},
+        {},
         {0: {}},
+        {-1: {"momentum_buffer": torch.ones(2)}},
         {0: {"momentum_buffer": torch.ones(2)}, 1: {"momentum_buffer": torch.ones(2)}},
     ],
 )
 def test_state_of_another_kind_is_refused(state):
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], momentum=0.9, fused=True)
     with pytest.raises(ValueError, match="the optimizer's state"):
-        train.fitting_state(state, sgd)
+        fitting_state(state, sgd)
 
 
 def test_output_dir_may_hold_what_a_killed_process_had_begun(tiny):
