@@ -496,7 +496,9 @@ def comparison(
     """The cases to measure in turns, the textbook script's first; sides are (side, precision)."""
     images = batch_size
     if part in WHOLE_EPOCHS:
-        images *= 40 if device.type == "cuda" else 2 if part == "loop" else 8
+        # Long enough to be timed, short enough for a CPU.
+        on_cpu = 2 if part == "loop" else 8
+        images *= 40 if device.type == "cuda" else on_cpu
     if part in ("pipeline", "pipeline-1-core"):
         sides = [("here", "fp32")]
     elif part == "lrn":
@@ -528,7 +530,7 @@ def measure_growth(precision: str, device: torch.device) -> Iterator[dict]:
     """Time and memory of a training step by number of processes and batch size, one by one."""
     # Several processes need several devices, and cuda:1 is one.
     most = {"cpu": 2, "cuda": torch.cuda.device_count()}.get(str(device), 1)
-    counts = [2**i for i in range(most.bit_length()) if 2**i <= most]
+    counts = [2**i for i in range(most.bit_length())]
     pairs = [(count, size) for count in counts for size in GROWTH_BATCH_SIZES if size >= count]
     for count, batch_size in tqdm(pairs, "batch sizes", leave=False, disable=None):
         case = Case("step", "here", precision, batch_size, batch_size, str(device), 0)

@@ -31,7 +31,7 @@ VALIDATION_IMAGES_PER_CLASS = 500
 INPUTS = ("standardised", "centred")
 ENLARGED_SIZE = 256  # of the picture that the paper's crops are cut from (§2, §4.1)
 NETWORK_TIMEOUT = 30.0  # seconds; without it a silent network would hang
-# One stream for the split and the shapes: every run of every seed sees the same data.
+# Not a run's seed: every run has the same validation images and the same shapes.
 DATA_SEED = 2012
 
 
@@ -90,12 +90,8 @@ class Preprocessing:
             augmentation: one of AUGMENTATIONS. With "paper" a plain image is the middle crop, as
                 the network has seen nothing but crops (2012 source, convdata.py, __trim_borders).
         """
-        # From histograms: exact, and without a float copy of all images.
-        value = torch.arange(256, dtype=torch.float64)
-        counts = [channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]
-        frequency = torch.stack(counts).double() * 3 / images.numel()
-        mean = frequency @ value
-        std = (frequency @ value**2 - mean**2).sqrt()
+        mean, covariance = colour_statistics(images)
+        std = covariance.diagonal().sqrt()
         return cls(
             mean.tolist(),
             std.tolist() if input == "standardised" else [1.0] * 3,
@@ -401,16 +397,25 @@ def principal_components(images: Tensor) -> Tensor:
     values, as long as the standard deviation along it. The paper prints eigenvalues, the squares of
     those deviations (§4.1); the 2012 source has deviations (convdata.py, ColorNoiseMakerThread).
     """
+    _, covariance = colour_statistics(images)
+    variances, directions = torch.linalg.eigh(covariance)
+    return (directions * variances.clamp(min=0).sqrt()).float()
+
+
+def colour_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [3] and covariance [3, 3] of the RGB values of uint8 images [N, 3, H, W], in float64.
+
+    From sums of whole numbers, which are exact.
+    """
     total = torch.zeros(3, dtype=torch.float64)
     products = torch.zeros(3, 3, dtype=torch.float64)
-    for part in images.split(5000):
+    for part in images.split(5000):  # not a float copy of all images
         pixels = part.movedim(1, 0).flatten(1).double().cpu()
         total += pixels.sum(1)
         products += pixels @ pixels.T
     count = images.numel() // 3
     mean = total / count
-    variances, directions = torch.linalg.eigh(products / count - mean.outer(mean))
-    return (directions * variances.clamp(min=0).sqrt()).float()
+    return mean, products / count - mean.outer(mean)
 
 
 def resample(
@@ -590,5 +595,8 @@ def plain_batches(
 
 
 def mix_seeds(*numbers: int) -> int:
-    """One well-mixed seed from several numbers, so that (1, 2) and (2, 1) share nothing."""
+    """One well-mixed seed from several numbers: (1, 2) and (2, 1) share nothing.
+
+    A last number of 0 does not count: (1, 2, 0) gives what (1, 2) does.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1

@@ -121,8 +121,9 @@ def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     return loss.item(), correct.item() / len(labels)
 
 
-def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval (0..1) of a share correct / total (Wilson 1927)."""
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """95% confidence interval (0..1) of a share correct / total (Wilson 1927)."""
+    z = 1.96  # deviations of a normal distribution that 95% lie within
     share = correct / total
     centre = share + z**2 / (2 * total)
     half_width = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
@@ -206,7 +207,7 @@ def draw_figures(
     summary: dict,
     first: AlexNet | None = None,
 ) -> dict[str, figures.Figure]:
-    """All figures of a trained network by name.
+    """All figures of a trained network but the confusion matrix, by name.
 
     split is the one that logits are of; first is the network before training, if it is known.
     """
@@ -266,7 +267,7 @@ def draw_predictions(
     captions, results = [], []
     for place in places.tolist():
         label = split.labels[place].item()
-        captions.append(classes[label])
+        captions.append(f"labelled {classes[label]}")
         result = top_classes(probabilities[place], classes, 5)
         results.append([item | {"right": item["class"] == classes[label]} for item in result])
     return figures.likeliest(list(split.images[places].cpu()), captions, results)
@@ -350,11 +351,11 @@ def print_views(one: dict, ten: dict) -> None:
     print(f"{'cross-entropy':<16}{one['loss']:<28.4f}{ten['loss']:.4f}")
     errors = [f"{100 * s['calibration_error']:.2f} points" for s in (one, ten)]
     print(f"{'calibration':<16}{errors[0]:<28}{errors[1]}")
-    print("in brackets: 95 % interval; below: one view")
+    print("in brackets: 95% interval; below: one view")
 
 
 def interval_text(summary: dict) -> str:
-    """The 95 % interval of what summarise() returned, for people."""
+    """The 95% interval of what summarise() returned, for people."""
     low, high = summary["interval_95"]
     return f"{low:.2%} to {high:.2%}"
 
@@ -362,7 +363,7 @@ def interval_text(summary: dict) -> str:
 def print_summary(summary: dict) -> None:
     """Accuracy, loss and calibration error of what summarise() returned."""
     print(
-        f"top-1 accuracy  {summary['accuracy']:.2%} (95 % interval {interval_text(summary)})\n"
+        f"top-1 accuracy  {summary['accuracy']:.2%} (95% interval {interval_text(summary)})\n"
         f"cross-entropy   {summary['loss']:.4f}\n"
         f"calibration     {100 * summary['calibration_error']:.2f} points of expected error"
     )
@@ -370,7 +371,7 @@ def print_summary(summary: dict) -> None:
 
 def print_classes(summary: dict) -> None:
     """Accuracy by class and the most confused pairs of what summarise() returned."""
-    print(f"\n{'class':<14}{'images':>7}{'accuracy':>10}   95 % interval")
+    print(f"\n{'class':<14}{'images':>7}{'accuracy':>10}   95% interval")
     for row in summary["per_class"]:
         low, high = row["interval_95"]
         print(
@@ -405,7 +406,9 @@ def parse_arguments() -> argparse.Namespace:
         default=1,
         help="10: also the mean over four corners, centre, and their mirror images; default: 1",
     )
-    parser.add_argument("--figures", action="store_true", help="draw all figures")
+    parser.add_argument(
+        "--figures", action="store_true", help="draw more than the confusion matrix"
+    )
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="write all results to FILE"
     )
@@ -460,20 +463,19 @@ def main() -> None:
         print_summary(summary)
     print_classes(summary)
 
-    picture = args.checkpoint.with_name(f"{args.checkpoint.stem}-confusion-{args.split}.png")
     matrix = np.array(summary["confusion_matrix"])
     title = f"{what}: {summary['accuracy']:.1%} top-1"
-    figures.save_figure(figures.confusion_matrix(matrix, checkpoint["classes"], title), picture)
-    print(f"\nwrote {picture}")
+    drawn = {"confusion": figures.confusion_matrix(matrix, checkpoint["classes"], title)}
     if args.figures:
         first = first_network(checkpoint)
-        drawn = draw_figures(
+        drawn |= draw_figures(
             network, preprocessing, precision, dataset, split, logits, summary, first
         )
-        for name, figure in drawn.items():
-            path = args.checkpoint.with_name(f"{args.checkpoint.stem}-{name}-{args.split}.png")
-            figures.save_figure(figure, path)
-            print(f"wrote {path}")
+    print()
+    for name, figure in drawn.items():
+        path = args.checkpoint.with_name(f"{args.checkpoint.stem}-{name}-{args.split}.png")
+        figures.save_figure(figure, path)
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -26,12 +26,197 @@ CHOICES = {
     "norm": ("lrn", "lrn-as-printed", "none"),
     "pooling": ("overlapping", "non-overlapping"),
 }
-VALUES_AT_ONCE = 2**20  # 4 MiB in float32: a handful of such arrays fit a CPU's caches
+
+
+# ---------------------------------------------------------------------------------------------
+# The network
+# ---------------------------------------------------------------------------------------------
+
+
+class AlexNet(nn.Module):
+    """Five convolutions and three fully connected layers (paper §3.5, Fig. 2).
+
+    Args:
+        num_classes: number of outputs of the last layer.
+        groups: 1 connects every channel with every channel. 2 splits conv2, conv4 and conv5 into
+            the two towers that ran on two GPUs in 2012 (§3.2), and LRN keeps to each of them.
+        dropout: probability that an output of fc6 or fc7 is set to zero in training (§4.2).
+        activation: "relu", or "tanh" for the saturating units it is compared with (§3.1).
+        norm: after conv1 and conv2 (§3.3): "lrn" divides alpha by the window, as the 2012 source
+            does; "lrn-as-printed" takes alpha undivided, as in the paper's formula; or "none".
+        pooling: "overlapping" is 3x3 at stride 2; "non-overlapping" is 2x2 at stride 2 (§3.4),
+            which gives feature maps of the same sizes, 27, 13 and 6.
+
+    Shape: float [N, 3, 227, 227] to logits [N, num_classes].
+
+    Attributes:
+        config: all of these settings; AlexNet(**config) is the same network with new weights.
+
+    Weights start as reset_parameters() draws them.
+
+    Raises:
+        ValueError: a setting is out of range, or (forward) the input's shape is another.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        groups: int = 1,
+        dropout: float = 0.5,
+        activation: str = "relu",
+        norm: str = "lrn",
+        pooling: str = "overlapping",
+    ):
+        super().__init__()
+        switches = {"groups": groups, "activation": activation, "norm": norm, "pooling": pooling}
+        for name, value in switches.items():
+            if value not in CHOICES[name]:
+                allowed = " or ".join(map(str, CHOICES[name]))
+                raise ValueError(f"{name} must be {allowed}, got {value}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        self.config = {"num_classes": num_classes, "dropout": dropout, **switches}
+
+        self.activation = nn.ReLU() if activation == "relu" else nn.Tanh()
+        #                                                                    output for one image
+        self.conv1 = nn.Conv2d(3, 96, 11, stride=4)  # 96 x 55 x 55
+        self.norm1 = _norm(norm, groups)
+        self.pool1 = _pool(pooling)  # 96 x 27 x 27
+        self.conv2 = nn.Conv2d(96, 256, 5, padding=2, groups=groups)  # 256 x 27 x 27
+        self.norm2 = _norm(norm, groups)
+        self.pool2 = _pool(pooling)  # 256 x 13 x 13
+        self.conv3 = nn.Conv2d(256, 384, 3, padding=1)  # 384 x 13 x 13
+        self.conv4 = nn.Conv2d(384, 384, 3, padding=1, groups=groups)  # 384 x 13 x 13
+        self.conv5 = nn.Conv2d(384, 256, 3, padding=1, groups=groups)  # 256 x 13 x 13
+        self.pool5 = _pool(pooling)  # 256 x 6 x 6
+        self.fc6 = nn.Linear(256 * 6 * 6, UNITS)
+        self.drop6 = nn.Dropout(dropout)
+        self.fc7 = nn.Linear(UNITS, UNITS)
+        self.drop7 = nn.Dropout(dropout)
+        self.fc8 = nn.Linear(UNITS, num_classes)
+        self.reset_parameters()
+
+    @classmethod
+    def first(cls, seed: int, init: str = "he", **settings) -> "AlexNet":
+        """The network with the first weights that this seed draws, the same at every call.
+
+        init is that of reset_parameters(), settings are those of AlexNet(). Seeds torch's own
+        generator, so that what is drawn next is the same too. Raises ValueError as they do.
+        """
+        torch.manual_seed(seed)
+        network = cls(**settings)
+        if init != "he":
+            network.reset_parameters(init)
+        return network
+
+    def reset_parameters(self, init: str = "he") -> None:
+        """Draws all weights anew from normal distributions of mean 0, and sets the biases.
+
+        Args:
+            init: "he": He-normal for ReLU layers (He et al. 2015) except fc8, whose deviation is
+                0.001, biases 0; trains on standardised input. "2012": deviation 0.03 in conv3 to
+                conv5 and 0.01 elsewhere (2012 source, layers/layers-145.cfg and layers-166.cfg),
+                biases 1 in conv2, conv4, conv5, fc6 and fc7 and 0 elsewhere; trains on centred
+                input.
+                "as-printed": deviation 0.01 everywhere, the same biases (paper §5).
+
+        Raises:
+            ValueError: init is none of these.
+        """
+        if init not in INITS:
+            raise ValueError(f"init must be {' or '.join(INITS)}, got {init}")
+        for name, layer in self.named_children():
+            if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+                continue
+            if init == "he":
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+            else:
+                wide = init == "2012" and name in ("conv3", "conv4", "conv5")
+                nn.init.normal_(layer.weight, std=0.03 if wide else 0.01)
+                # 1 gives a ReLU positive input at first, so that it learns from the start (§5).
+                one = name in ("conv2", "conv4", "conv5", "fc6", "fc7")
+                nn.init.constant_(layer.bias, 1.0 if one else 0.0)
+        if init == "he":
+            # Nearly equal first probabilities: the loss starts at ln(num_classes), not above it.
+            nn.init.normal_(self.fc8.weight, std=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, float [N, num_classes], of images, float [N, 3, 227, 227].
+
+        Raises ValueError for images of another shape.
+        """
+        return self.fc8(self.drop7(self.features(x)))
+
+    def features(self, x: Tensor) -> Tensor:
+        """The 4096 numbers by which fc8 tells the classes apart: fc7's after the activation.
+
+        Images are alike to the network if these are near each other (paper §6.1, Fig. 4 right).
+        In training mode fc6's dropout is on: call eval() first.
+
+        Shape: float [N, 3, 227, 227] to [N, 4096]. Raises ValueError for images of another shape.
+        """
+        if x.dim() != 4 or x.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(
+                f"AlexNet expects images of shape [N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], "
+                f"got {list(x.shape)}"
+            )
+        x = self.pool1(self.norm1(self.activation(self.conv1(x))))
+        x = self.pool2(self.norm2(self.activation(self.conv2(x))))
+        x = self.activation(self.conv3(x))
+        x = self.activation(self.conv4(x))
+        x = self.pool5(self.activation(self.conv5(x)))
+        x = torch.flatten(x, 1)
+        x = self.drop6(self.activation(self.fc6(x)))
+        return self.activation(self.fc7(x))
+
+    def summary(self) -> str:
+        """A table to print: each layer's output for one image, parameters and multiply-adds."""
+        with torch.device("meta"):  # sizes without the work
+            network, image = AlexNet(**self.config), torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        names = {layer: name for name, layer in network.named_children()}
+        rows = []
+
+        def note(layer: nn.Module, _, output: Tensor) -> None:
+            weights = sum(weight.numel() for weight in layer.parameters())
+            # A filter's or a row's weights are used once at each place of the output.
+            places = math.prod(output.shape[2:]) if weights else 0
+            products = places * layer.weight.numel() if weights else 0
+            size = " x ".join(map(str, output.shape[1:]))
+            rows.append((names[layer], size, weights, products))
+
+        for layer in names:
+            if not isinstance(layer, nn.Dropout) and layer is not network.activation:
+                layer.register_forward_hook(note)
+        network(image)
+        rows.append(("total", "", *(sum(row[i] for row in rows) for i in (2, 3))))
+        lines = [f"{'layer':<8}{'output':<16}{'parameters':>12}{'multiply-adds':>16}"]
+        for name, size, *counts in rows:
+            weights, products = (f"{count:,}" if count else "" for count in counts)
+            lines.append(f"{name:<8}{size:<16}{weights:>12}{products:>16}".rstrip())
+        return "\n".join(lines)
+
+
+def _norm(name: str, groups: int) -> nn.Module:
+    if name == "none":
+        return nn.Identity()
+    size, alpha = 5, 1e-4
+    # LocalResponseNorm divides alpha by its window; this undoes it.
+    alpha = alpha * size if name == "lrn-as-printed" else alpha
+    return LocalResponseNorm(size, alpha, groups=groups)
+
+
+def _pool(name: str) -> nn.Module:
+    return nn.MaxPool2d(3 if name == "overlapping" else 2, stride=2)
 
 
 # ---------------------------------------------------------------------------------------------
 # Local response normalisation
 # ---------------------------------------------------------------------------------------------
+
+VALUES_AT_ONCE = 2**20  # 4 MiB in float32: a handful of such arrays fit a CPU's caches
 
 
 class LocalResponseNorm(nn.Module):
@@ -200,190 +385,3 @@ def _parts(groups: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if first.device.type == "cpu" and first.numel():
         at_once = max(1, VALUES_AT_ONCE // blocks[0][0].numel())
     return zip(*(block.split(max(1, at_once)) for block in blocks), strict=True)
-
-
-# ---------------------------------------------------------------------------------------------
-# The network
-# ---------------------------------------------------------------------------------------------
-
-
-class AlexNet(nn.Module):
-    """Five convolutions and three fully connected layers (paper §3.5, Fig. 2).
-
-    Args:
-        num_classes: number of outputs of the last layer.
-        groups: 1 connects every channel with every channel. 2 splits conv2, conv4 and conv5 into
-            the two towers that ran on two GPUs in 2012 (§3.2), and LRN keeps to each of them.
-        dropout: probability that an output of fc6 or fc7 is set to zero in training (§4.2).
-        activation: "relu", or "tanh" for the saturating units it is compared with (§3.1).
-        norm: after conv1 and conv2 (§3.3): "lrn" divides alpha by the window, as the 2012 source
-            does; "lrn-as-printed" takes alpha undivided, as in the paper's formula; or "none".
-        pooling: "overlapping" is 3x3 at stride 2; "non-overlapping" is 2x2 at stride 2 (§3.4),
-            which gives feature maps of the same sizes, 27, 13 and 6.
-
-    Shape: float [N, 3, 227, 227] to logits [N, num_classes].
-
-    Attributes:
-        config: all of these settings; AlexNet(**config) is the same network with new weights.
-
-    Weights start as reset_parameters() draws them.
-
-    Raises:
-        ValueError: a setting is out of range, or (forward) the input's shape is another.
-    """
-
-    def __init__(
-        self,
-        num_classes: int = 10,
-        groups: int = 1,
-        dropout: float = 0.5,
-        activation: str = "relu",
-        norm: str = "lrn",
-        pooling: str = "overlapping",
-    ):
-        super().__init__()
-        switches = {"groups": groups, "activation": activation, "norm": norm, "pooling": pooling}
-        for name, value in switches.items():
-            if value not in CHOICES[name]:
-                allowed = " or ".join(map(str, CHOICES[name]))
-                raise ValueError(f"{name} must be {allowed}, got {value}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-        self.config = {"num_classes": num_classes, "dropout": dropout, **switches}
-
-        self.activation = nn.ReLU() if activation == "relu" else nn.Tanh()
-        #                                                                    output for one image
-        self.conv1 = nn.Conv2d(3, 96, 11, stride=4)  # 96 x 55 x 55
-        self.norm1 = _norm(norm, groups)
-        self.pool1 = _pool(pooling)  # 96 x 27 x 27
-        self.conv2 = nn.Conv2d(96, 256, 5, padding=2, groups=groups)  # 256 x 27 x 27
-        self.norm2 = _norm(norm, groups)
-        self.pool2 = _pool(pooling)  # 256 x 13 x 13
-        self.conv3 = nn.Conv2d(256, 384, 3, padding=1)  # 384 x 13 x 13
-        self.conv4 = nn.Conv2d(384, 384, 3, padding=1, groups=groups)  # 384 x 13 x 13
-        self.conv5 = nn.Conv2d(384, 256, 3, padding=1, groups=groups)  # 256 x 13 x 13
-        self.pool5 = _pool(pooling)  # 256 x 6 x 6
-        self.fc6 = nn.Linear(256 * 6 * 6, UNITS)
-        self.drop6 = nn.Dropout(dropout)
-        self.fc7 = nn.Linear(UNITS, UNITS)
-        self.drop7 = nn.Dropout(dropout)
-        self.fc8 = nn.Linear(UNITS, num_classes)
-        self.reset_parameters()
-
-    @classmethod
-    def first(cls, seed: int, init: str = "he", **settings) -> "AlexNet":
-        """The network with the first weights that this seed draws, the same at every call.
-
-        init is that of reset_parameters(), settings are those of AlexNet(). Seeds torch's own
-        generator, so that what is drawn next is the same too. Raises ValueError as they do.
-        """
-        torch.manual_seed(seed)
-        network = cls(**settings)
-        if init != "he":
-            network.reset_parameters(init)
-        return network
-
-    def reset_parameters(self, init: str = "he") -> None:
-        """Draws all weights anew from normal distributions of mean 0, and sets the biases.
-
-        Args:
-            init: "he": He-normal for ReLU layers (He et al. 2015) except fc8, whose deviation is
-                0.001, biases 0; trains on standardised input. "2012": deviation 0.03 in conv3 to
-                conv5 and 0.01 elsewhere (2012 source, layers/layers-145.cfg and layers-166.cfg),
-                biases 1 in conv2, conv4, conv5, fc6 and fc7 and 0 elsewhere; trains on centred
-                input.
-                "as-printed": deviation 0.01 everywhere, the same biases (paper §5).
-
-        Raises:
-            ValueError: init is none of these.
-        """
-        if init not in INITS:
-            raise ValueError(f"init must be {' or '.join(INITS)}, got {init}")
-        layers = {
-            name: layer
-            for name, layer in self.named_children()
-            if isinstance(layer, (nn.Conv2d, nn.Linear))
-        }
-        for name, layer in layers.items():
-            if init == "he":
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
-            else:
-                wide = init == "2012" and name in ("conv3", "conv4", "conv5")
-                nn.init.normal_(layer.weight, std=0.03 if wide else 0.01)
-                # 1 gives a ReLU positive input at first, so that it learns from the start (§5).
-                one = name in ("conv2", "conv4", "conv5", "fc6", "fc7")
-                nn.init.constant_(layer.bias, 1.0 if one else 0.0)
-        if init == "he":
-            # Nearly equal first probabilities: the loss starts at ln(num_classes), not above it.
-            nn.init.normal_(self.fc8.weight, std=0.001)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits, float [N, num_classes], of images, float [N, 3, 227, 227].
-
-        Raises ValueError for images of another shape.
-        """
-        return self.fc8(self.drop7(self.features(x)))
-
-    def features(self, x: Tensor) -> Tensor:
-        """The 4096 numbers by which fc8 tells the classes apart: fc7's after the activation.
-
-        Images are alike to the network if these are near each other (paper §6.1, Fig. 4 right).
-        In training mode fc6's dropout is on: call eval() first.
-
-        Shape: float [N, 3, 227, 227] to [N, 4096]. Raises ValueError for images of another shape.
-        """
-        if x.dim() != 4 or x.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-            raise ValueError(
-                f"AlexNet expects images of shape [N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], "
-                f"got {list(x.shape)}"
-            )
-        x = self.pool1(self.norm1(self.activation(self.conv1(x))))
-        x = self.pool2(self.norm2(self.activation(self.conv2(x))))
-        x = self.activation(self.conv3(x))
-        x = self.activation(self.conv4(x))
-        x = self.pool5(self.activation(self.conv5(x)))
-        x = torch.flatten(x, 1)
-        x = self.drop6(self.activation(self.fc6(x)))
-        return self.activation(self.fc7(x))
-
-    def summary(self) -> str:
-        """A table to print: each layer's output for one image, parameters and multiply-adds."""
-        with torch.device("meta"):  # sizes without the work
-            network, image = AlexNet(**self.config), torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
-        names = {layer: name for name, layer in network.named_children()}
-        rows = []
-
-        def note(layer: nn.Module, _, output: Tensor) -> None:
-            weights = sum(weight.numel() for weight in layer.parameters())
-            # A filter's or a row's weights are used once at each place of the output.
-            places = math.prod(output.shape[2:]) if weights else 0
-            products = places * layer.weight.numel() if weights else 0
-            size = " x ".join(map(str, output.shape[1:]))
-            rows.append((names[layer], size, weights, products))
-
-        for layer in names:
-            if not isinstance(layer, nn.Dropout) and layer is not network.activation:
-                layer.register_forward_hook(note)
-        network(image)
-        rows.append(("total", "", *(sum(row[i] for row in rows) for i in (2, 3))))
-        lines = [f"{'layer':<8}{'output':<16}{'parameters':>12}{'multiply-adds':>16}"]
-        for name, size, *counts in rows:
-            weights, products = (f"{count:,}" if count else "" for count in counts)
-            lines.append(f"{name:<8}{size:<16}{weights:>12}{products:>16}".rstrip())
-        return "\n".join(lines)
-
-
-def _norm(name: str, groups: int) -> nn.Module:
-    if name == "none":
-        return nn.Identity()
-    size, alpha = 5, 1e-4
-    # LocalResponseNorm divides alpha by its window; this undoes it.
-    alpha = alpha * size if name == "lrn-as-printed" else alpha
-    return LocalResponseNorm(size, alpha, groups=groups)
-
-
-def _pool(name: str) -> nn.Module:
-    return nn.MaxPool2d(3 if name == "overlapping" else 2, stride=2)

@@ -431,7 +431,10 @@ class FolderLock:
 
 
 def command_line(*arguments: str) -> str:
-    """A command with these arguments, started as this program was, by python or by torchrun."""
+    """A command with these arguments, run by python, or by torchrun if this program was.
+
+    Of torchrun's options it has the number of processes on a machine; the others are not known.
+    """
     launcher = ["python"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]

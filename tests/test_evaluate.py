@@ -47,7 +47,7 @@ def test_wilson_interval_stays_in_range():
 
 
 def test_calibration_error_counted_by_hand():
-    """Of 4 images 2 are given with 95 %, both right, and 2 with 55 %, one of them right."""
+    """Of 4 images 2 are given with 95%, both right, and 2 with 55%, one of them right."""
     odds = torch.tensor([0.95, 0.95, 0.55, 0.55])
     logits = torch.stack([odds, 1 - odds], 1).log()
     error, bins = evaluate.calibration(logits, torch.tensor([0, 0, 0, 1]))
@@ -138,7 +138,7 @@ def test_pictures_stand_over_their_own_captions(monkeypatch):
         split, torch.eye(3), CLASSES, torch.tensor([2, 0])
     )
     assert [picture[0, 0, 0].item() for picture in pictures] == [2, 0]
-    assert captions == ["c", "a"]
+    assert captions == ["labelled c", "labelled a"]
     assert [result[0]["class"] for result in results] == ["c", "a"]
     assert all(result[0]["right"] for result in results)
 
