@@ -32,14 +32,12 @@ def markdown(header: list[str], rows: Iterable[Iterable[str]]) -> str:
 def read_run(folder: Path) -> dict:
     """A run's settings and command, epochs, minutes of training, and test.json if it has one."""
     record = json.loads((folder / "config.json").read_text())
-    # The first version of train.py noted one start only.
-    start = record["starts"][0] if "starts" in record else record["environment"]
     test = folder / "test.json"
     return {
         "folder": folder.name,
         "settings": record["settings"],
         "command": command_for(record["settings"]),
-        "device": start["device"],
+        "device": record["starts"][0]["device"],
         "epochs": read_csv(folder / "metrics.csv"),
         "minutes": sum(float(row["seconds"]) for row in read_csv(folder / "timing.csv")) / 60,
         "test": json.loads(test.read_text()) if test.exists() else None,
@@ -90,12 +88,22 @@ def with_seed(run: dict) -> str:
     return f"`{run['command']} --seed {seed}`" if seed else f"`{run['command']}`"
 
 
+def seed_link(run: dict) -> str:
+    """A run's seed, leading to its folder."""
+    return f"[{run['settings'].get('seed', 0)}](results/{run['folder']})"
+
+
 def percent(shares: list[float], interval: list[float] | None = None) -> str:
-    """Mean ± standard deviation of shares in 0..1; of a single one its 95 % interval, if given."""
-    text = f"{100 * statistics.mean(shares):.1f}%"
-    if len(shares) > 1:
-        return f"{text} ± {100 * statistics.stdev(shares):.1f}"
-    return f"{text} ({interval[0]:.1%} to {interval[1]:.1%})" if interval else text
+    """Mean ± standard deviation of shares in 0..1; a pair as it is, as two say little of a spread.
+
+    A single share with its 95% interval, if that is given.
+    """
+    if len(shares) > 2:
+        return f"{statistics.mean(shares):.1%} ± {100 * statistics.stdev(shares):.1f}"
+    text = ", ".join(f"{share:.1%}" for share in shares)
+    if len(shares) == 1 and interval:
+        text += f" ({interval[0]:.1%} to {interval[1]:.1%})"
+    return text
 
 
 def best_validation(run: dict) -> float | None:
@@ -115,14 +123,14 @@ def results_table() -> str:
         errors = [test["calibration_error"] for test in tests if "calibration_error" in test]
         rows.append(
             [
-                f"[`{group[0]['command']}`](results/{group[0]['folder']})",
-                str(len(group)),
+                f"`{group[0]['command']}`",
+                ", ".join(map(seed_link, group)),
                 percent(validation) if None not in validation else "",
                 percent([test["accuracy"] for test in tests], tests[0]["interval_95"]),
                 ten_views(tests),
                 percent(errors) if errors else "",
                 f"{statistics.mean(test['loss'] for test in tests):.3f}",
-                minutes_of(group),
+                f"{group[0]['settings']['epochs']} epochs, {minutes_of(group)}",
                 group[0]["device"],
             ]
         )

@@ -127,7 +127,7 @@ def test_links_lead_to_the_results():
 def test_run_on_all_images_has_no_validation(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     write_run(tmp_path / "run", 0, 0.8, accuracies=("", ""))
-    assert "| 1 |  | 80.0% (" in tables.results_table()
+    assert "| [0](results/run) |  | 80.0% (" in tables.results_table()
     assert tables.time_table().count("\n") == 2  # no row
     assert "| 2 of 9 |  |  |  |" in tables.tried_table()
 
@@ -161,11 +161,19 @@ def test_seeds_are_averaged(tmp_path, monkeypatch):
         write_run(tmp_path / f"run-{seed}", seed, accuracy)
     write_run(tmp_path / "not-evaluated", 7, None)
     header, _, row = tables.results_table().splitlines()
-    assert row.startswith(f"| [`{COMMAND}`](results/run-0) | 3 | 75.0% ± 0.0 | ")
+    seeds = "[0](results/run-0), [1](results/run-1), [2](results/run-2)"
+    assert row.startswith(f"| `{COMMAND}` | {seeds} | 75.0% ± 0.0 | ")
     mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
     assert f"| {mean:.1%} ± {100 * deviation:.1f} | {mean + 0.01:.1%} ± " in row
-    assert row.endswith(" | 3.0% ± 0.0 | 0.500 | 3 min | a CPU, 2 threads |")
+    assert row.endswith(" | 3.0% ± 0.0 | 0.500 | 9 epochs, 3 min | a CPU, 2 threads |")
     assert header.count("|") == row.count("|")
+
+
+def test_two_seeds_are_shown_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for seed, accuracy in enumerate((0.8, 0.82)):
+        write_run(tmp_path / f"run-{seed}", seed, accuracy)
+    assert " | 75.0%, 75.0% | 80.0%, 82.0% | 81.0%, 83.0% | " in tables.results_table()
 
 
 def test_ten_views_of_some_seeds_say_so(tmp_path, monkeypatch):
@@ -183,7 +191,7 @@ def test_minutes_of_seeds_are_from_the_shortest_to_the_longest(tmp_path, monkeyp
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for seed, epochs in enumerate((3, 2, 4)):  # of 90 seconds each
         write_run(tmp_path / f"run-{seed}", seed, 0.8, accuracies=[0.5] * epochs)
-    assert " | 3 to 6 min | " in tables.results_table().splitlines()[2]
+    assert " | 9 epochs, 3 to 6 min | " in tables.results_table().splitlines()[2]
 
 
 def test_seed_from_before_an_option_is_one_of_the_same_experiment(tmp_path, monkeypatch):
@@ -195,14 +203,15 @@ def test_seed_from_before_an_option_is_one_of_the_same_experiment(tmp_path, monk
         record["settings"] |= added
         path.write_text(json.dumps(record))
     rows = tables.results_table().splitlines()[2:]
-    assert [row.split(" | ")[1] for row in rows] == ["2", "1"]
+    seeds = [row.split(" | ")[1] for row in rows]
+    assert seeds == ["[0](results/run-0), [1](results/run-1)", "[2](results/run-2)"]
 
 
 def test_single_seed_has_its_interval(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     write_run(tmp_path / "run", 0, 0.8, accuracies=(0.75, 0.5))
     row = tables.results_table().splitlines()[2]
-    assert "| 1 | 75.0% | 80.0% (70.0% to 90.0%) | 81.0% | 3.0% |" in row
+    assert "| [0](results/run) | 75.0% | 80.0% (70.0% to 90.0%) | 81.0% | 3.0% |" in row
 
 
 def test_time_until_an_accuracy(tmp_path, monkeypatch):
