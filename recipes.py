@@ -1,7 +1,6 @@
 """What a run is to do: the recipes, the options of train.py, and the record of a run's settings."""
 
 import argparse
-import functools
 import json
 from pathlib import Path
 
@@ -94,10 +93,10 @@ DEFAULTS = {
 }
 # What runs did before an option existed, whatever the recipes have now.
 BEFORE = {**DEFAULTS, **ORIGINAL, "nesterov": False}
-MIXES = {  # pairs of images and their labels in every batch, with the papers' alpha for CIFAR-10
+MIXES = {  # pairs of images and their labels in every batch; alpha is 1, as in both papers
     "none": None,
-    "mixup": functools.partial(v2.MixUp, alpha=1.0),  # Zhang et al. 2018, arXiv 1710.09412
-    "cutmix": functools.partial(v2.CutMix, alpha=1.0),  # Yun et al. 2019, arXiv 1905.04899
+    "mixup": v2.MixUp,  # Zhang et al. 2018, arXiv 1710.09412
+    "cutmix": v2.CutMix,  # Yun et al. 2019, arXiv 1905.04899
 }
 # Settings that --resume may change; any other would make it another experiment.
 CHANGEABLE = {"epochs", "data_dir", "device", "compile", "deterministic"}
@@ -112,10 +111,12 @@ CHANGEABLE |= {"save_every", "tensorboard"}
 def make_parser() -> argparse.ArgumentParser:
     """The command line; what is not given is not in the result."""
     parser = OneLineParser(description="Train AlexNet.", argument_default=argparse.SUPPRESS)
-    add = parser.add_argument
     flag = argparse.BooleanOptionalAction  # --no-x takes back what the recipe or the run has
-    add("--recipe", choices=RECIPE_NAMES, help="sets other defaults; default: modern")
-    add("--dataset", choices=DATASETS, help="default: cifar10")
+    parser.add_argument(
+        "--recipe", choices=RECIPE_NAMES, help="sets other defaults; default: modern"
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, help="shapes draws its own images; default: cifar10")
     add("--data-dir", help=f"where CIFAR-10 is or goes; default: {DEFAULT_DATA_DIR}")
     add(
         "--train-split",
@@ -123,31 +124,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="full: train on the validation images too, once all choices are made; default: train",
     )
     add("--train-images", type=positive_int, metavar="N", help="use so many; default: all")
-    add("--optimizer", choices=OPTIMIZERS, help="default: sgd, adam for fast")
-    add("--epochs", type=positive_int, help=recipe_defaults("epochs"))
-    add("--batch-size", type=positive_int, help=recipe_defaults("batch_size"))
-    add("--lr", type=positive_float, help=f"the highest; {recipe_defaults('lr')}")
-    add("--momentum", type=fraction, help=f"of sgd; {recipe_defaults('momentum')}")
-    add("--nesterov", action=flag, help=f"momentum of sgd; {recipe_defaults('nesterov')}")
-    add("--weight-decay", type=fraction, help=recipe_defaults("weight_decay"))
-    factor = {"type": non_negative_float, "metavar": "FACTOR"}
-    add("--bias-lr-factor", **factor, help=f"times --lr; {recipe_defaults('bias_lr_factor')}")
-    add(
-        "--bias-decay-factor",
-        **factor,
-        help=f"times --weight-decay; {recipe_defaults('bias_decay_factor')}",
-    )
-    add("--schedule", choices=("cosine", "plateau"), help=recipe_defaults("schedule"))
-    add("--warm-up", type=fraction, help=f"share of cosine's steps; {recipe_defaults('warm_up')}")
-    add("--label-smoothing", type=fraction, help=recipe_defaults("label_smoothing"))
-    add("--mix", choices=MIXES, help=f"pairs of images; {recipe_defaults('mix')}")
-    add(
-        "--ema",
-        type=fraction,
-        metavar="DECAY",
-        help=f"evaluate a moving average of the weights; {recipe_defaults('ema')}",
-    )
-    add("--init", choices=INITS, help=f"first weights and biases; {recipe_defaults('init')}")
     add(
         "--input",
         choices=INPUTS,
@@ -163,30 +139,79 @@ def make_parser() -> argparse.ArgumentParser:
         type=fraction,
         help=f"share of the epochs in which it grows; {recipe_defaults('augmentation_ramp')}",
     )
-    add("--groups", type=int, choices=CHOICES["groups"], help=recipe_defaults("groups"))
-    add("--activation", choices=CHOICES["activation"], help=recipe_defaults("activation"))
-    add("--norm", choices=CHOICES["norm"], help=recipe_defaults("norm"))
-    add("--pooling", choices=CHOICES["pooling"], help=recipe_defaults("pooling"))
-    add("--dropout", type=fraction, help=recipe_defaults("dropout"))
+    add("--mix", choices=MIXES, help=f"pairs of images; {recipe_defaults('mix')}")
+    add(
+        "--label-smoothing",
+        type=fraction,
+        help=f"share of a label that all classes get; {recipe_defaults('label_smoothing')}",
+    )
+    add = parser.add_argument_group("learning").add_argument
+    add("--optimizer", choices=OPTIMIZERS, help="default: sgd, adam for fast")
+    add("--epochs", type=positive_int, help=f"passes over the images; {recipe_defaults('epochs')}")
+    add("--batch-size", type=positive_int, help=f"images a step; {recipe_defaults('batch_size')}")
+    add("--lr", type=positive_float, help=f"the highest; {recipe_defaults('lr')}")
+    add("--momentum", type=fraction, help=f"of sgd; {recipe_defaults('momentum')}")
+    add("--nesterov", action=flag, help=f"Nesterov's, of sgd; {recipe_defaults('nesterov')}")
+    add("--weight-decay", type=fraction, help=f"of weights; {recipe_defaults('weight_decay')}")
+    factor = {"type": non_negative_float, "metavar": "FACTOR"}
+    add("--bias-lr-factor", **factor, help=f"times --lr; {recipe_defaults('bias_lr_factor')}")
+    add(
+        "--bias-decay-factor",
+        **factor,
+        help=f"times --weight-decay; {recipe_defaults('bias_decay_factor')}",
+    )
+    add(
+        "--schedule",
+        choices=("cosine", "plateau"),
+        help=f"how the learning rate falls; {recipe_defaults('schedule')}",
+    )
+    add("--warm-up", type=fraction, help=f"share of cosine's steps; {recipe_defaults('warm_up')}")
+    add(
+        "--ema",
+        type=fraction,
+        metavar="DECAY",
+        help=f"evaluate a moving average of the weights; {recipe_defaults('ema')}",
+    )
+    add = parser.add_argument_group("network").add_argument
+    add("--init", choices=INITS, help=f"first weights and biases; {recipe_defaults('init')}")
+    switches = {
+        "groups": "2: the paper's two towers",
+        "activation": "after conv1 to fc7",
+        "norm": "after conv1 and conv2",
+        "pooling": "3x3 or 2x2 at stride 2",
+    }
+    for name, what in switches.items():
+        kind = type(CHOICES[name][0])
+        text = f"{what}; {recipe_defaults(name)}"
+        add(f"--{name}", type=kind, choices=CHOICES[name], help=text)
+    add("--dropout", type=fraction, help=f"after fc6 and fc7; {recipe_defaults('dropout')}")
+    run = parser.add_argument_group("run")
+    add = run.add_argument
     add("--seed", type=seed, help="of weights, order, augmentation, dropout; default: 0")
     add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
-    add("--precision", choices=("auto", "fp32", "bf16"), help="default: auto")
+    add("--precision", choices=("auto", "fp32", "bf16"), help="auto: bf16 if fast; default: auto")
     add("--compile", action=flag, help="let torch.compile fuse the network; for GPUs")
     add("--deterministic", action=flag, help="the same bits each time on an NVIDIA GPU too; slower")
     add("--save-every", type=positive_float, metavar="MINUTES", help="save that often; default: 3")
     add("--tensorboard", action=flag, help="log to the run's folder for TensorBoard as well")
-    where = parser.add_mutually_exclusive_group()
+    where = run.add_mutually_exclusive_group()
     where.add_argument("--output-dir", type=Path, help="default: a new one in runs")
     where.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a stopped run")
     return parser
 
 
 def recipe_defaults(name: str) -> str:
-    """For --help: the option's default, and which recipes have another."""
+    """For --help: the option's default, and which rows of RECIPES have another."""
     values = {key: recipe[name] for key, recipe in RECIPES.items() if name in recipe}
     first = values["modern", "cifar10", "sgd"]
-    others = [f"{value} for {' '.join(key)}" for key, value in values.items() if value != first]
-    return f"default: {', '.join([str(first), *others])}"
+    texts = [str(first)]
+    for value in dict.fromkeys(values.values()):
+        keys = [key for key in values if values[key] == value]
+        # A recipe, data set or optimizer by itself, if that tells these rows from all others.
+        words = [word for word in keys[0] if [key for key in values if word in key] == keys]
+        where = words[0] if words else " and ".join(map(" ".join, keys))
+        texts += [f"{value} for {where}"] if value != first else []
+    return f"default: {', '.join(texts)}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -225,10 +250,14 @@ def check_config(config: dict) -> None:
 
 
 def run_name(config: dict) -> str:
-    """For people: the data set, the optimizer and the recipe."""
+    """For people: the data set, the optimizer, the recipe, and what is not as in the recipe."""
     how = {"modern": "", "fast": ", fast recipe", "paper": ", the paper's recipe"}
     optimizer = OPTIMIZERS[config["optimizer"]].__name__
-    return f"AlexNet on {DATASETS[config['dataset']]}, {optimizer}{how[config['recipe']]}"
+    name = f"AlexNet on {DATASETS[config['dataset']]}, {optimizer}{how[config['recipe']]}"
+    # A run may be older than its recipe's row.
+    row = RECIPES.get((config["recipe"], config["dataset"], config["optimizer"]), {})
+    others = [f"{key.replace('_', ' ')} {config[key]}" for key in row if config[key] != row[key]]
+    return ", ".join([name, *others])
 
 
 def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
