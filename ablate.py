@@ -51,12 +51,12 @@ WITHOUT = {
     "tanh": Switch(
         {"activation": "tanh"},
         "ReLU, not tanh",
-        "§3.1, Fig. 1: six times fewer epochs to\n25 % training error (CIFAR-10)",
+        "§3.1, Fig. 1: six times fewer epochs to\n25% training error (CIFAR-10)",
     ),
     "no-norm": Switch(
         {"norm": "none"},
         "LRN, not none",
-        "§3.3: test error 11 % instead of 13 %\n(CIFAR-10, four layers)",
+        "§3.3: test error 11% instead of 13%\n(CIFAR-10, four layers)",
     ),
     "norm-as-printed": Switch(
         {"norm": "lrn-as-printed"},

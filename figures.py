@@ -73,7 +73,7 @@ def learning_curves(history: list[dict], title: str) -> Figure:
     accuracy_axes.set_ylim(0, 100)
     if "val" in splits:
         title += f": best validation accuracy {max(row['val_accuracy'] for row in history):.1%}"
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=11, wrap=True)
     return figure
 
 
@@ -99,7 +99,7 @@ def confusion_matrix(matrix: np.ndarray, classes: list[str], title: str) -> Figu
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(title)
-    figure.colorbar(image, label="% of the true class", shrink=0.8)
+    figure.colorbar(image, label="% of the true class (blank: 0.5 or less)", shrink=0.8)
     return figure
 
 
@@ -162,9 +162,9 @@ def training_errors(curves: dict[str, list[list[float]]], title: str) -> Figure:
         mean = 100 * np.mean([run[:shortest] for run in runs], axis=0)
         epochs = range(1, shortest + 1)
         axes.plot(epochs, mean, line, color=colour, marker="o", markersize=4, label=name)
-    axes.axhline(25, color="black", linestyle=":", linewidth=1, label="25 %, as in Fig. 1")
+    axes.axhline(25, color="black", linestyle=":", linewidth=1, label="25%, as in Fig. 1")
     axes.set_ylim(0, 100)
-    axes.set_xlabel("epoch (errors are those met in it, with dropout and augmentation)")
+    axes.set_xlabel("epoch (error during the epoch, with dropout and augmentation)")
     axes.set_ylabel("training error (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -193,10 +193,10 @@ def speed(rows: list[dict], title: str) -> Figure:
         median, low, high = row["times_the_textbook"]
         colour = BLUE if row["precision"] == "fp32" else ORANGE
         error = [[median - low], [high - median]]
-        axes.barh(place, median, color=colour, xerr=error, capsize=3, alpha=0.85)
-        rates = f"{row['images_per_second'][0]:,.4g}, not {textbook[row['part']]:,.4g} images/s"
+        axes.barh(place, median - 1, left=1, color=colour, xerr=error, capsize=3, alpha=0.85)
+        rates = f"{textbook[row['part']]:,.0f} → {row['images_per_second'][0]:,.0f} images/s"
         axes.annotate(
-            f"{median:.1f} times: {rates}",
+            f"{median:.1f}: {rates}",
             (high, place),
             xytext=(6, 0),
             textcoords="offset points",
@@ -210,11 +210,21 @@ def speed(rows: list[dict], title: str) -> Figure:
     axes.set_yticks(range(len(ours)), names)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlim(0, 1.7 * max(row["times_the_textbook"][2] for row in ours))
-    axes.set_xlabel(
-        "times as fast as the textbook script; whiskers: the slowest and the fastest round"
+    axes.set_xscale("log")
+    ticks = (0.5, 1, 2, 5, 10, 20, 50)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    slowest = min(row["times_the_textbook"][1] for row in ours)
+    fastest = max(row["times_the_textbook"][2] for row in ours)
+    axes.set_xlim(min(0.95, 0.9 * slowest), 4 * max(1, fastest))
+    axes.set_xlabel("times as fast as the textbook script (whiskers: slowest and fastest turn)")
+    colours = {row["precision"]: BLUE if row["precision"] == "fp32" else ORANGE for row in ours}
+    meaning = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    axes.legend(handles=meaning, loc="lower right", fontsize=9)
+    axes.set_title(
+        f"Speed relative to the textbook script in float32, batch {batch_size}, {title}",
+        fontsize=10,
     )
-    axes.set_title(f"Batch {batch_size}, {title}", fontsize=10)
     return figure
 
 
@@ -236,7 +246,7 @@ def growth(rows: list[dict], title: str) -> Figure:
         memory = [(row["peak_memory_mib"] or math.nan) / 1024 for row in ours]
         style = {"color": colour, "marker": marker, "markersize": 4}
         rate_axes.plot(sizes, rate, label=f"{count} process{'es' * (count > 1)}", **style)
-        memory_axes.plot(sizes, memory, **style)
+        memory_axes.plot(sizes, memory, label=f"{count} process{'es' * (count > 1)}", **style)
     sizes = sorted({row["batch_size"] for row in rows})
     for axes, label in (
         (rate_axes, "training step (images/s)"),
@@ -249,8 +259,8 @@ def growth(rows: list[dict], title: str) -> Figure:
         axes.set_xlabel("batch size")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    rate_axes.legend(loc="lower right")
-    figure.suptitle(title, fontsize=10)
+        axes.legend(loc="lower right")
+    figure.suptitle(f"Training step by batch size, {title}", fontsize=10)
     return figure
 
 
@@ -279,8 +289,9 @@ def likeliest(pictures: list, captions: list[str], results: list[list[dict]]) ->
         for height, item in enumerate(result[:5]):
             colour = ORANGE if item.get("right") else BLUE
             bar_axes.barh(height, item["probability"], color=colour, alpha=0.45)
-            label = f"{item['class']} {item['probability']:.0%}"
-            bar_axes.text(0.01, height, label, va="center", fontsize=9)
+            if item["probability"] >= 0.005:  # less would be printed as 0%
+                label = f"{item['class']} {item['probability']:.0%}"
+                bar_axes.text(0.01, height, label, va="center", fontsize=9)
         bar_axes.set_xlim(0, 1)
         bar_axes.set_ylim(4.5, -0.5)
     if any("right" in item for result in results for item in result):
@@ -329,7 +340,7 @@ def neighbours(queries: list, nearest: list[list], captions: list[str]) -> Figur
 
 
 def class_accuracies(per_class: list[dict], title: str) -> Figure:
-    """Accuracy of each class with its 95 % interval, the best first.
+    """Accuracy of each class with its 95% interval, the best first.
 
     Args:
         per_class: class, accuracy and interval_95 (0..1) of each, as evaluate.py has them.
@@ -344,7 +355,7 @@ def class_accuracies(per_class: list[dict], title: str) -> Figure:
         error = [[max(0, accuracy - low)], [max(0, high - accuracy)]]
         axes.errorbar(accuracy, place, xerr=error, fmt="o", color=BLUE, capsize=3)
     axes.set_yticks(range(len(ranked)), [row["class"] for row in ranked])
-    axes.set_xlabel("accuracy (%), with 95 % interval")
+    axes.set_xlabel("accuracy (%), with 95% interval")
     axes.grid(alpha=0.3)
     axes.set_title(title)
     return figure
@@ -371,9 +382,9 @@ def reliability(bins: list[dict], title: str) -> Figure:
         "D",
         color=ORANGE,
         markersize=4,
-        label="mean confidence of the images",
+        label="bin: mean confidence, accuracy",
     )
-    axes.plot([0, 100], [0, 100], color="black", linewidth=1, label="as often right as sure")
+    axes.plot([0, 100], [0, 100], color="black", linewidth=1, label="perfect calibration")
     axes.set_ylabel("accuracy (%)")
     axes.set_ylim(0, 100)
     axes.legend(loc="upper left", fontsize=9)
@@ -415,7 +426,7 @@ def normalisation(factors: dict[str, np.ndarray], at_rest: float, title: str) ->
 
     Args:
         factors: for each LRN layer by how much it multiplied each activation that is not 0.
-        at_rest: the factor without any activity near, k ** -beta.
+        at_rest: the factor without any neighbouring activity, k ** -beta.
         title: what was measured.
     """
     figure = Figure(figsize=(8, 3.4), layout="constrained")
@@ -424,11 +435,11 @@ def normalisation(factors: dict[str, np.ndarray], at_rest: float, title: str) ->
         counts, edges = np.histogram(values, bins=60, range=(0, 1.01 * at_rest))
         axes.stairs(100 * counts / max(1, len(values)), edges, fill=True, color=BLUE, alpha=0.6)
         axes.axvline(
-            at_rest, color=ORANGE, linestyle="--", label=f"no activity near: {at_rest:.3f}"
+            at_rest, color=ORANGE, linestyle="--", label=f"no neighbouring activity: {at_rest:.3f}"
         )
         middle = np.quantile(values, (0.01, 0.5, 0.99)) if len(values) else [np.nan] * 3
         low, median, high = (f"{value:.3f}" for value in middle)
-        axes.set_title(f"{name}: median {median}, 98 % from {low} to {high}", fontsize=9)
+        axes.set_title(f"{name}: median {median}, 98% from {low} to {high}", fontsize=9)
         axes.set_xlabel("factor")
         axes.legend(loc="upper left", fontsize=9)
         axes.grid(alpha=0.3)
@@ -452,15 +463,14 @@ def compared_curves(histories: dict[str, list[dict]], against: str = "epoch") ->
         style = {"color": colour, "marker": marker, "markersize": 4}
         loss_axes.plot(places, [row["val_loss"] for row in history], label=name, **style)
         accuracy = [100 * row["val_accuracy"] for row in history]
-        accuracy_axes.plot(places, accuracy, label=f"{name}: best {max(accuracy):.1f} %", **style)
+        accuracy_axes.plot(places, accuracy, label=f"{name}: best {max(accuracy):.1f}%", **style)
     for axes, label in ((loss_axes, "cross-entropy"), (accuracy_axes, "top-1 accuracy (%)")):
         axes.set_xlabel({"epoch": "epoch", "minutes": "minutes of training"}[against])
         axes.set_ylabel(f"validation {label}")
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    loss_axes.set_ylim(bottom=0)
-    accuracy_axes.set_ylim(0, 100)
+    figure.suptitle(f"Validation by {against}" + " of training" * (against == "minutes"))
     figure.legend(*accuracy_axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
