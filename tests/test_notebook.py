@@ -38,7 +38,7 @@ def test_notebook_is_committed_as_it_ran(committed):
     code = [cell for cell in committed.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert len(accuracies(committed)) == 3
-    assert sum("picture" in kinds(cell) for cell in code) == 3
+    assert sum("picture" in kinds(cell) for cell in code) == 9
     assert not re.search(r"/(home|root|work|tmp)/", str(committed))
 
 
@@ -55,6 +55,6 @@ def test_notebook_runs_from_top_to_bottom(committed):
     for cell, before in zip(again.cells, committed.cells, strict=True):
         assert kinds(cell) == kinds(before), cell.source
     assert accuracies(committed)[-1] > 90
-    assert accuracies(again)[-1] > 20  # where chance has 10
+    assert accuracies(again)[-1] > 15  # chance has 10 ± 1.3, of 500 images
     [table] = re.findall(r"^layer .*?^total .*?$", text(committed), re.M | re.S)
     assert table in text(again)
