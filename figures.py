@@ -221,10 +221,8 @@ def speed(rows: list[dict], title: str) -> Figure:
     colours = {row["precision"]: BLUE if row["precision"] == "fp32" else ORANGE for row in ours}
     meaning = [Patch(color=colour, label=name) for name, colour in colours.items()]
     axes.legend(handles=meaning, loc="lower right", fontsize=9)
-    axes.set_title(
-        f"Speed relative to the textbook script in float32, batch {batch_size}, {title}",
-        fontsize=10,
-    )
+    heading = f"Speed relative to the textbook script in float32\nBatch {batch_size}, {title}"
+    figure.suptitle(heading, fontsize=10)
     return figure
 
 

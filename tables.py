@@ -193,9 +193,11 @@ def tried_table() -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def speed_rows(batch_size: int, compiled: bool) -> Iterable[tuple[str, dict, dict]]:
+def speed_rows(
+    batch_size: int, compiled: bool, file: str = "cpu.json"
+) -> Iterable[tuple[str, dict, dict]]:
     """For each part of the benchmark its name, the textbook's numbers and this project's."""
-    rows = json.loads((RESULTS / "speed" / "cpu.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "speed" / file).read_text())["rows"]
     rows = [row for row in rows if row["batch_size"] == batch_size]
     textbook = {row["part"]: row for row in rows if row["side"] == "textbook"}
     sides = ("here", "compiled") if compiled else ("here",)
@@ -221,10 +223,10 @@ def speed_table() -> str:
     return markdown(header, rows)
 
 
-def long_speed_table(batch_size: int) -> str:
+def long_speed_table(batch_size: int, file: str = "cpu.json") -> str:
     """With the compiled network, memory and the share of the machine's peak."""
     rows = []
-    for name, textbook, here in speed_rows(batch_size, compiled=True):
+    for name, textbook, here in speed_rows(batch_size, compiled=True, file=file):
         memory = f"{textbook['peak_memory_mib']:,} / {here['peak_memory_mib']:,} MiB"
         share = here.get("share_of_peak")
         peak = f"{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})" if share else ""
@@ -271,6 +273,7 @@ TABLES = {
     "speed": speed_table,
     "speed-128": lambda: long_speed_table(128),
     "speed-32": lambda: long_speed_table(32),
+    "speed-no-bf16": lambda: long_speed_table(128, "no-bf16.json"),
     "operations": operations_table,
 }
 
