@@ -93,14 +93,17 @@ def seed_link(run: dict) -> str:
     return f"[{run['settings'].get('seed', 0)}](results/{run['folder']})"
 
 
-def percent(shares: list[float], interval: list[float] | None = None) -> str:
-    """Mean ± standard deviation of shares in 0..1; a pair as it is, as two say little of a spread.
+def several(values: list[float], digits: int, unit: str = "") -> str:
+    """Mean ± standard deviation; one or two as they are, as two say little of a spread."""
+    if len(values) < 3:
+        return ", ".join(f"{value:.{digits}f}{unit}" for value in values)
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    return f"{mean:.{digits}f}{unit} ± {deviation:.{digits}f}"
 
-    A single share with its 95% interval, if that is given.
-    """
-    if len(shares) > 2:
-        return f"{statistics.mean(shares):.1%} ± {100 * statistics.stdev(shares):.1f}"
-    text = ", ".join(f"{share:.1%}" for share in shares)
+
+def percent(shares: list[float], interval: list[float] | None = None) -> str:
+    """Shares in 0..1, as several() shows them; of a single one also its 95% interval, if given."""
+    text = several([100 * share for share in shares], 1, "%")
     if len(shares) == 1 and interval:
         text += f" ({interval[0]:.1%} to {interval[1]:.1%})"
     return text
@@ -129,7 +132,7 @@ def results_table() -> str:
                 percent([test["accuracy"] for test in tests], tests[0]["interval_95"]),
                 ten_views(tests),
                 percent(errors) if errors else "",
-                f"{statistics.mean(test['loss'] for test in tests):.3f}",
+                several([test["loss"] for test in tests], 3),
                 f"{group[0]['settings']['epochs']} epochs, {minutes_of(group)}",
                 group[0]["device"],
             ]
