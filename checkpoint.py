@@ -9,7 +9,7 @@ import math
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -198,12 +198,12 @@ def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing
 
 
 # ---------------------------------------------------------------------------------------------
-# What resuming needs besides
+# What resuming needs in addition
 # ---------------------------------------------------------------------------------------------
 
 
 def check_progress(
-    content: dict, steps_per_epoch: int, columns: Iterable[str], validated: bool
+    content: dict, steps_per_epoch: int, columns: Collection[str], validated: bool
 ) -> None:
     """Raises ValueError, KeyError or TypeError for a last.pt that a run could not go on with.
 
@@ -234,8 +234,8 @@ def check_progress(
 def fitting_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     """The optimizer's state from a file, each tensor laid out in memory as its parameter is.
 
-    The fused optimizers read that memory without looking. Raises ValueError or KeyError for a state
-    that is not all that the optimizer keeps.
+    The fused optimizers read that memory without looking. Raises ValueError for a state that is not
+    all that the optimizer keeps.
     """
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     keeps_nothing = optimizer.defaults.get("momentum") == 0  # SGD without momentum
@@ -244,7 +244,7 @@ def fitting_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     fitting = {}
     for number, tensors in state.items():
         parameter = parameters[number]
-        if tensors.keys() != STATE_NAMES[type(optimizer)]:
+        if not isinstance(tensors, dict) or tensors.keys() != STATE_NAMES[type(optimizer)]:
             raise ValueError("the optimizer's state is that of another")
         fitting[number] = {
             name: fitting_tensor(value, parameter.new_empty(()) if name == "step" else parameter)

@@ -337,7 +337,8 @@ class Run:
         if self.is_first:
             save_checkpoint(self.dir / "last.pt", content)
             if self.history:  # drawn here, as an epoch may be no longer than the drawing
-                curves = figures.learning_curves(self.history, run_name(self.config))
+                title = f"{run_name(self.config)}, {self.config['epochs']} epochs"
+                curves = figures.learning_curves(self.history, title)
                 figures.save_figure(curves, self.dir / "curves.png")
         self.last_save = time.monotonic()
 

@@ -339,11 +339,13 @@ def test_lrn_gradient_of_another_memory_format():
     np.testing.assert_allclose(a.grad.numpy(), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("channels", "groups"), [(7, 1), (6, 2)])
-def test_lrn_compiled_equals_uncompiled(channels, groups):
+def test_lrn_compiled_equals_uncompiled(channels, groups, memory_format):
     norm = LocalResponseNorm(size=4, alpha=0.3, groups=groups)
     compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
-    a = torch.randn(2, channels, 3, 3, dtype=torch.float64, requires_grad=True)
+    a = torch.randn(2, channels, 3, 3, dtype=torch.float64).to(memory_format=memory_format)
+    a.requires_grad_()
     grad = torch.randn_like(a)
     expected = norm(a)
     torch.testing.assert_close(compiled(a), expected, rtol=1e-13, atol=0)
