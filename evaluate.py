@@ -415,6 +415,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def save_beside(args: argparse.Namespace, drawn: dict[str, figures.Figure]) -> None:
+    """Writes pictures beside the checkpoint: best-confusion-test.png beside best.pt."""
+    for name, figure in drawn.items():
+        path = args.checkpoint.with_name(f"{args.checkpoint.stem}-{name}-{args.split}.png")
+        figures.save_figure(figure, path)
+        print(f"wrote {path}")
+
+
 def main() -> None:
     args = parse_arguments()
     keep_freed_memory()
@@ -465,17 +473,15 @@ def main() -> None:
 
     matrix = np.array(summary["confusion_matrix"])
     title = f"{what}: {summary['accuracy']:.1%} top-1"
-    drawn = {"confusion": figures.confusion_matrix(matrix, checkpoint["classes"], title)}
+    confusion = figures.confusion_matrix(matrix, checkpoint["classes"], title)
+    print()
+    save_beside(args, {"confusion": confusion})
     if args.figures:
         first = first_network(checkpoint)
-        drawn |= draw_figures(
+        drawn = draw_figures(
             network, preprocessing, precision, dataset, split, logits, summary, first
         )
-    print()
-    for name, figure in drawn.items():
-        path = args.checkpoint.with_name(f"{args.checkpoint.stem}-{name}-{args.split}.png")
-        figures.save_figure(figure, path)
-        print(f"wrote {path}")
+        save_beside(args, drawn)
 
 
 if __name__ == "__main__":

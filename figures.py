@@ -176,6 +176,8 @@ def training_errors(curves: dict[str, list[list[float]]], title: str) -> Figure:
 def speed(rows: list[dict], title: str) -> Figure:
     """How many times as fast as the textbook script, at the largest batch size measured.
 
+    Bars begin at 1, on a logarithmic axis.
+
     Args:
         rows: what benchmark.py measured: part, name, side, precision, batch_size,
             images_per_second and times_the_textbook, the last two as [median, lowest, highest].
@@ -269,7 +271,8 @@ def likeliest(pictures: list, captions: list[str], results: list[list[dict]]) ->
         pictures: uint8 [3, H, W] each.
         captions: a line for each, such as its true class.
         results: for each the likeliest classes, with class and probability (0..1), the likeliest
-            first, and right (whether it is the true class) where that is known. Five are drawn.
+            first, and right (whether it is the true class) where that is known. Up to five are
+            drawn, and none that would read 0%.
     """
     columns = min(4, len(pictures))
     rows = math.ceil(len(pictures) / columns)
@@ -284,12 +287,11 @@ def likeliest(pictures: list, captions: list[str], results: list[list[dict]]) ->
         image_axes, bar_axes = grid[row, column], grid[row + 1, column]
         image_axes.imshow(np.asarray(picture).transpose(1, 2, 0), interpolation="nearest")
         image_axes.set_title(as_text(f"{caption:.24}"), fontsize=10)
-        for height, item in enumerate(result[:5]):
+        for height, item in enumerate(r for r in result[:5] if r["probability"] >= 0.005):
             colour = ORANGE if item.get("right") else BLUE
             bar_axes.barh(height, item["probability"], color=colour, alpha=0.45)
-            if item["probability"] >= 0.005:  # less would be printed as 0%
-                label = f"{item['class']} {item['probability']:.0%}"
-                bar_axes.text(0.01, height, label, va="center", fontsize=9)
+            label = f"{item['class']} {item['probability']:.0%}"
+            bar_axes.text(0.01, height, label, va="center", fontsize=9)
         bar_axes.set_xlim(0, 1)
         bar_axes.set_ylim(4.5, -0.5)
     if any("right" in item for result in results for item in result):

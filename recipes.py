@@ -93,7 +93,8 @@ DEFAULTS = {
 }
 # What runs did before an option existed, whatever the recipes have now.
 BEFORE = {**DEFAULTS, **ORIGINAL, "nesterov": False}
-MIXES = {  # pairs of images and their labels in every batch; alpha is 1, as in both papers
+# Mixes pairs of images and their labels; alpha is torchvision's 1, as in both papers for CIFAR.
+MIXES = {
     "none": None,
     "mixup": v2.MixUp,  # Zhang et al. 2018, arXiv 1710.09412
     "cutmix": v2.CutMix,  # Yun et al. 2019, arXiv 1905.04899
@@ -208,9 +209,10 @@ def recipe_defaults(name: str) -> str:
     for value in dict.fromkeys(values.values()):
         keys = [key for key in values if values[key] == value]
         # A recipe, data set or optimizer by itself, if that tells these rows from all others.
-        words = [word for word in keys[0] if [key for key in values if word in key] == keys]
-        where = words[0] if words else " and ".join(map(" ".join, keys))
-        texts += [f"{value} for {where}"] if value != first else []
+        options = zip(("--recipe", "--dataset", "--optimizer"), keys[0], strict=True)
+        alone = [pair for pair in options if [key for key in values if pair[1] in key] == keys]
+        where = " and ".join(map(" ".join, alone[:1] or keys))
+        texts += [f"{value} with {where}"] if value != first else []
     return f"default: {', '.join(texts)}"
 
 
@@ -250,14 +252,18 @@ def check_config(config: dict) -> None:
 
 
 def run_name(config: dict) -> str:
-    """For people: the data set, the optimizer, the recipe, and what is not as in the recipe."""
+    """For people: the data set, the optimizer, the recipe, and what but the epochs is not its."""
     how = {"modern": "", "fast": ", fast recipe", "paper": ", the paper's recipe"}
     optimizer = OPTIMIZERS[config["optimizer"]].__name__
     name = f"AlexNet on {DATASETS[config['dataset']]}, {optimizer}{how[config['recipe']]}"
     # A run may be older than its recipe's row.
     row = RECIPES.get((config["recipe"], config["dataset"], config["optimizer"]), {})
-    others = [f"{key.replace('_', ' ')} {config[key]}" for key in row if config[key] != row[key]]
-    return ", ".join([name, *others])
+    usual = {**row, "train_split": "train", "train_images": None, "epochs": config["epochs"]}
+    others = {key: config.get(key) for key in usual if config.get(key) != usual[key]}
+    words = [
+        key.replace("_", " ") + f" {value}" * (value is not True) for key, value in others.items()
+    ]
+    return ", ".join([name, *words])
 
 
 def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:

@@ -114,6 +114,7 @@ def test_likeliest_marks_the_right_class():
     result = [
         {"class": "cat", "probability": 0.75, "right": False},
         {"class": "dog", "probability": 0.25, "right": True},
+        {"class": "cow", "probability": 0.004, "right": False},
     ]
     figure = figures.likeliest(pictures, list("abcde"), [result] * 5)
     drawn = [axes for axes in figure.axes if axes.images]

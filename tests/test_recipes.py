@@ -199,3 +199,44 @@ def test_bad_command_is_one_line(tiny, capsys, options, named):
     assert named in err
     assert [path.name for path in Path().iterdir()] == ["taken"]
     assert Path("taken/file").read_text() == "mine"
+
+
+# --- For people ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("dropout", "0.5"),
+        ("batch_size", "128, 32 with --dataset shapes"),
+        ("init", "he, 2012 with --recipe paper"),
+        ("weight_decay", "0.0005, 0.0 with --optimizer adam, 0.05 with --optimizer adamw"),
+    ],
+)
+def test_help_says_which_rows_have_another_default(option, text):
+    assert recipes.recipe_defaults(option) == f"default: {text}"
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({}, "AlexNet on CIFAR-10, SGD"),
+        (
+            {"recipe": "paper", "groups": 2},
+            "AlexNet on CIFAR-10, SGD, the paper's recipe, groups 2",
+        ),
+        (
+            {"recipe": "fast", "epochs": 16, "augmentation": "strong", "train_images": 4500},
+            "AlexNet on CIFAR-10, Adam, fast recipe, augmentation strong, train images 4500",
+        ),
+        ({"dataset": "shapes", "nesterov": True}, "AlexNet on shapes, SGD, nesterov"),
+    ],
+)
+def test_name_of_a_run_says_what_is_not_as_in_its_recipe(given, name):
+    assert recipes.run_name(recipes.new_config(given)) == name
+
+
+def test_run_whose_recipe_is_no_more_has_a_name(monkeypatch):
+    config = recipes.new_config({"recipe": "fast"})
+    monkeypatch.delitem(recipes.RECIPES, ("fast", "cifar10", "adam"))
+    assert recipes.run_name(config) == "AlexNet on CIFAR-10, Adam, fast recipe"
