@@ -208,7 +208,7 @@ def test_ten_views_beside_one(tmp_path, monkeypatch, capsys, content):
 
 def test_evaluation_of_a_trained_checkpoint(trained_run):
     folder, _ = trained_run
-    run_dir = folder / "runs" / "shapes-sgd"
+    run_dir = folder / "runs" / "shapes-adam"
     done = run_python("evaluate.py", run_dir / "best.pt", "--json", "out.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     record = json.loads((folder / "out.json").read_text())
@@ -226,7 +226,7 @@ def test_evaluation_of_a_trained_checkpoint(trained_run):
 
 def test_last_checkpoint_can_be_evaluated_too(trained_run):
     folder, _ = trained_run
-    load_network(folder / "runs" / "shapes-sgd" / "last.pt")
+    load_network(folder / "runs" / "shapes-adam" / "last.pt")
 
 
 def test_classes_of_another_data_set(tmp_path, monkeypatch, capsys, content):

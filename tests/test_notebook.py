@@ -56,7 +56,7 @@ def test_notebook_runs_from_top_to_bottom(committed):
         assert kinds(cell) == kinds(before), cell.source
     assert accuracies(committed)[-1] > 90
     assert len(accuracies(again)) == 1
-    assert accuracies(again)[-1] > 15  # chance has 10 ± 1.3, of 500 images
+    assert accuracies(again)[-1] > 20  # chance has 10; 32 were measured
     assert "the same as network(x): True" in text(again)
     [table] = re.findall(r"^layer .*?^total .*?$", text(committed), re.M | re.S)
     assert table in text(again)

@@ -447,12 +447,12 @@ def test_training_overfits_32_images(tmp_path):
 
 def test_run_folder_is_complete(trained_run):
     folder, _ = trained_run
-    run_dir = folder / "runs" / "shapes-sgd"
+    run_dir = folder / "runs" / "shapes-adam"
     names = {"config.json", "metrics.csv", "timing.csv", "curves.png", "last.pt", "best.pt"}
     assert names <= {path.name for path in run_dir.iterdir()}
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((run_dir / "config.json").read_text())
-    assert config["settings"]["lr"] == 0.01
+    assert config["settings"]["lr"] == 1e-4
     assert config["settings"]["precision"] in ("fp32", "bf16")
     assert [start["torch"] for start in config["starts"]] == [torch.__version__]
     [row] = rows(run_dir)
@@ -466,13 +466,13 @@ def test_output_is_lines_when_it_is_no_terminal(trained_run):
     assert "\r" not in done.stdout + done.stderr
     assert done.stderr == ""
     assert "this run will take about" in done.stdout
-    assert "python evaluate.py runs/shapes-sgd/best.pt" in done.stdout
+    assert "python evaluate.py runs/shapes-adam/best.pt" in done.stdout
 
 
 def test_one_epoch_leaves_chance(trained_run):
-    """Chance is 10% ± 1.3 of 500 images; the whole run of the README reaches over 90%."""
+    """Chance is 10%; 66% were measured."""
     folder, _ = trained_run
-    assert float(rows(folder / "runs" / "shapes-sgd")[0]["val_accuracy"]) > 0.15
+    assert float(rows(folder / "runs" / "shapes-adam")[0]["val_accuracy"]) > 0.4
 
 
 def test_run_checkpoint_and_evaluation_agree(trained_run, monkeypatch, capsys):
@@ -480,19 +480,19 @@ def test_run_checkpoint_and_evaluation_agree(trained_run, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     # All validation images, few neighbours.
     monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", dataset.SHAPES_PER_CLASS | {"train": 10})
-    options = ["runs/shapes-sgd/best.pt", "--split", "val", "--json", "val.json", "--figures"]
+    options = ["runs/shapes-adam/best.pt", "--split", "val", "--json", "val.json", "--figures"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *options])
     evaluate.main()
     printed = capsys.readouterr().out
     evaluated = json.loads((folder / "val.json").read_text())
-    [row] = rows(folder / "runs" / "shapes-sgd")
+    [row] = rows(folder / "runs" / "shapes-adam")
     assert evaluated["accuracy"] == float(row["val_accuracy"])
     assert evaluated["loss"] == float(row["val_loss"])
     names = "confusion filters learned-filters predictions neighbours classes reliability "
     for name in f"{names} feature-maps normalisation mistakes".split():
-        picture = folder / "runs" / "shapes-sgd" / f"best-{name}-val.png"
+        picture = folder / "runs" / "shapes-adam" / f"best-{name}-val.png"
         assert picture.read_bytes().startswith(b"\x89PNG")
-        assert f"wrote runs/shapes-sgd/best-{name}-val.png" in printed
+        assert f"wrote runs/shapes-adam/best-{name}-val.png" in printed
 
 
 ADDITIONS = "--ema 0.9 --mix cutmix --augmentation strong --augmentation-ramp 0.9 --nesterov"
