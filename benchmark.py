@@ -31,7 +31,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 import figures
-from dataset import Augmentation, Dataset, Preprocessing, Split, training_batches
+from dataset import Augmentation, Dataset, Preprocessing, Split, laid_out, training_batches
 from model import IMAGE_SIZE, AlexNet, LocalResponseNorm
 from parallel import Processes
 from recipes import new_config
@@ -208,7 +208,7 @@ def our_call(case: Case, device: torch.device) -> Callable[[], None]:
     if case.part == "step":
         run = our_run(case, device)
         images, labels = (part[run.processes.share] for part in random_batch(case, device))
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = laid_out(images)
         return lambda: train_step(run, images, labels)
 
     split = random_split(case.images).to(device)
@@ -231,7 +231,7 @@ def our_inference(case: Case, device: torch.device) -> Callable[[], Tensor]:
     if case.side == "compiled":
         network = compiled(network, device)
     images, _ = random_batch(case, device)
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = laid_out(images)
 
     @torch.no_grad()
     def infer() -> Tensor:

@@ -14,6 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:
+    import kernels
+except ImportError:  # torch brings Triton where it can drive an NVIDIA GPU
+    kernels = None
+
 # 55 positions of an 11x11 filter at stride 4. The paper and the 2012 source have 224, of which the
 # source makes 55 by rounding up (layer.py, modulesX); PyTorch rounds down.
 IMAGE_SIZE = 227
@@ -81,7 +86,7 @@ class AlexNet(nn.Module):
 
         self.activation = nn.ReLU() if activation == "relu" else nn.Tanh()
         #                                                                    output for one image
-        self.conv1 = nn.Conv2d(3, 96, 11, stride=4)  # 96 x 55 x 55
+        self.conv1 = _Conv1(3, 96, 11, stride=4)  # 96 x 55 x 55
         self.norm1 = _norm(norm, groups)
         self.pool1 = _pool(pooling)  # 96 x 27 x 27
         self.conv2 = nn.Conv2d(96, 256, 5, padding=2, groups=groups)  # 256 x 27 x 27
@@ -199,6 +204,34 @@ class AlexNet(nn.Module):
         return "\n".join(lines)
 
 
+class _Conv1(nn.Conv2d):
+    """The convolution; on a GPU as one of 3x3 at stride 1 over the 48 values of each 4x4 square.
+
+    It is the same sum, but GPUs multiply 48 channels much faster than three.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return super().forward(x)
+        # 228 = 4 * 57 and 12 = 4 * 3: a row and a column of zeros add nothing.
+        squares, filters = (
+            F.pixel_unshuffle(F.pad(values, (0, 1, 0, 1)), self.stride[0]).contiguous(
+                memory_format=torch.channels_last
+            )
+            for values in (x, self.weight)
+        )
+        return F.conv2d(squares, filters, self.bias)
+
+
+class _MaxPool2d(nn.MaxPool2d):
+    """Max pooling at stride 2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _has_kernels(x, groups=1):
+            return kernels.max_pool(x, self.kernel_size)[0]
+        return super().forward(x)
+
+
 def _norm(name: str, groups: int) -> nn.Module:
     if name == "none":
         return nn.Identity()
@@ -209,7 +242,7 @@ def _norm(name: str, groups: int) -> nn.Module:
 
 
 def _pool(name: str) -> nn.Module:
-    return nn.MaxPool2d(3 if name == "overlapping" else 2, stride=2)
+    return _MaxPool2d(3 if name == "overlapping" else 2, stride=2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,6 +297,9 @@ class LocalResponseNorm(nn.Module):
             raise ValueError(f"LocalResponseNorm expects shape [N, C, ...], got {list(a.shape)}")
         if a.shape[1] % self.groups:
             raise ValueError(f"{a.shape[1]} channels cannot be split into {self.groups} groups")
+        if _has_kernels(a, self.groups):
+            constants = self.size, self.alpha, self.beta, self.k, self.groups
+            return kernels.local_response_norm(a, *constants)
         if not (a.is_contiguous() or a.movedim(1, -1).is_contiguous()):
             a = a.contiguous()  # the other two are cut into parts without a copy
         # A compiler differentiates and fuses the plain formula itself.
@@ -363,6 +399,19 @@ def _power(d: Tensor, exponent: float) -> Tensor:
         root = d.rsqrt()
         return root * root.sqrt()
     return d**exponent
+
+
+def _has_kernels(x: Tensor, groups: int) -> bool:
+    """Whether kernels.py can take these values; a program exported by torch must do without it."""
+    return (
+        x.is_cuda
+        and kernels is not None
+        and x.dim() == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.dtype != torch.float64
+        and x.shape[1] // groups <= kernels.MOST_CHANNELS
+        and not torch.compiler.is_exporting()
+    )
 
 
 def _at_least_float32(a: Tensor) -> torch.dtype:

@@ -37,6 +37,7 @@ from dataset import (
     Augmentation,
     Dataset,
     Preprocessing,
+    laid_out,
     load_dataset,
     mix_seeds,
     stratified_subset,
@@ -74,6 +75,7 @@ from utils import (
     remove_unfinished,
     run_script,
     say,
+    seed_device,
     select_precision,
     write_csv,
     write_json,
@@ -464,10 +466,10 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["lr_factor"]
     # Dropout depends on seed, step and process, so that a resumed run draws what it would have.
-    torch.manual_seed(mix_seeds(run.config["seed"], global_step, run.processes.rank))
+    seed_device(run.device, mix_seeds(run.config["seed"], global_step, run.processes.rank))
     if run.mix and len(labels) > 1:
         images, targets = run.mix(images, labels)
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = laid_out(images)
         labels = targets.argmax(1)  # of the image that there is more of
     else:
         targets = labels

@@ -238,6 +238,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seeds torch's generators of the CPU and the device; torch.manual_seed() is slow at all."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 def compiled(network: torch.nn.Module, device: torch.device):
     """The network fused by torch.compile; on a GPU replayed as CUDA graphs.
 
