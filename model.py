@@ -402,7 +402,7 @@ def _power(d: Tensor, exponent: float) -> Tensor:
 
 
 def _has_kernels(x: Tensor, groups: int) -> bool:
-    """Whether kernels.py can take these values; a program exported by torch must do without it."""
+    """Whether kernels.py can take these values."""
     return (
         x.is_cuda
         and kernels is not None
@@ -410,7 +410,6 @@ def _has_kernels(x: Tensor, groups: int) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.dtype != torch.float64
         and x.shape[1] // groups <= kernels.MOST_CHANNELS
-        and not torch.compiler.is_exporting()
     )
 
 
