@@ -68,7 +68,7 @@ SECONDS_PER_TURN = 0.3  # short calls are repeated that long
 PROFILED_STEPS = 4
 OPERATIONS_SHOWN = 15
 TABLE_HEAD = (
-    f"{'':<46}{'batch':>6}  {'images/s':<24}{'times the textbook':<22}"
+    f"{'':<46}{'batch':>6}  {'images/s':<27}{'times the textbook':<22}"
     f"{'memory':>10}  {'of the peak':<16}"
 )
 MEAN, STD = [125.3, 123.0, 113.9], [63.0, 62.1, 66.7]  # of CIFAR-10, in 0..255
@@ -612,17 +612,22 @@ def growth_line(row: dict) -> str:
 def table_line(row: dict) -> str:
     """A side of a comparison under TABLE_HEAD, with spread."""
     name = f"{PARTS[row['part']]}: {side_name(row)}"
-    rate, low, high = row["images_per_second"]
+    rate, low, high = map(short, row["images_per_second"])
     ratio = row["times_the_textbook"]
     share = row.get("share_of_peak")
     memory = f"{row['peak_memory_mib']:,} MiB" if row["peak_memory_mib"] else ""
     return (
         f"{name:<46}{row['batch_size']:>6}  "
-        f"{f'{rate:,.4g} ({low:,.4g} to {high:,.4g})':<24}"
+        f"{f'{rate} ({low} to {high})':<27}"
         f"{f'{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})':<22}"
         f"{memory:>10}  "
         f"{f'{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})' if share else '':<16}"
     )
+
+
+def short(number: float) -> str:
+    """Four digits, or all of a larger whole number."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def side_name(row: dict) -> str:

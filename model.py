@@ -205,28 +205,31 @@ class AlexNet(nn.Module):
 
 
 class _Conv1(nn.Conv2d):
-    """The convolution; on a GPU as one of 3x3 at stride 1 over the 48 values of each 4x4 square.
-
-    It is the same sum, but GPUs multiply 48 channels much faster than three.
-    """
+    """The first convolution, 11x11 at stride 4 over three channels."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cuda:
-            return super().forward(x)
-        # 228 = 4 * 57 and 12 = 4 * 3: a row and a column of zeros add nothing.
-        squares, filters = (
-            F.pixel_unshuffle(F.pad(values, (0, 1, 0, 1)), self.stride[0]).contiguous(
-                memory_format=torch.channels_last
-            )
-            for values in (x, self.weight)
-        )
-        return F.conv2d(squares, filters, self.bias)
+        """[N, 3, 227, 227] to [N, 96, 55, 55]."""
+        if x.is_cuda:
+            return _convolve_squares(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def _convolve_squares(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """conv1 as a 3x3 convolution at stride 1 over squares of 4x4 pixels, of 48 values each.
+
+    The sums are the same. A GPU multiplies by 48 channels several times faster than by three.
+    """
+    # 228 = 4 * 57 and 12 = 4 * 3: a row and a column of zeros add nothing.
+    squares, filters = (F.pixel_unshuffle(F.pad(values, (0, 1, 0, 1)), 4) for values in (x, weight))
+    squares = squares.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(squares, filters.contiguous(memory_format=torch.channels_last), bias)
 
 
 class _MaxPool2d(nn.MaxPool2d):
     """Max pooling at stride 2."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C, H', W']."""
         if _has_kernels(x, groups=1):
             return kernels.max_pool(x, self.kernel_size)[0]
         return super().forward(x)
@@ -264,9 +267,10 @@ class LocalResponseNorm(nn.Module):
     torch.nn.LocalResponseNorm does; the paper prints the formula without it.
 
     Shape: floating point [N, C, ...] to the same, channels last if the input is, else contiguous.
-    The values of torch.nn.LocalResponseNorm, several times faster on a CPU, with nothing but the
-    input kept for the backward pass. Computed in float32, or float64 for float64; an input or
-    output in bf16 or fp16 is rounded once, as it is read or written.
+    The values of torch.nn.LocalResponseNorm, several times faster, with nothing but the input kept
+    for the backward pass. On an NVIDIA GPU kernels.py takes [N, C, H, W], channels last and not in
+    float64, and a second derivative is an error. Computed in float32, or float64 for float64; an
+    input or output in bf16 or fp16 is rounded once, as it is read or written.
 
     Raises:
         TypeError: the input is not of a floating point type.
@@ -402,7 +406,7 @@ def _power(d: Tensor, exponent: float) -> Tensor:
 
 
 def _has_kernels(x: Tensor, groups: int) -> bool:
-    """Whether kernels.py can take these values."""
+    """Whether kernels.py can take these values: on an NVIDIA GPU, channels last."""
     return (
         x.is_cuda
         and kernels is not None

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ ORIGINAL = {
     "groups": 1,
 }
 MODERN = {**ORIGINAL}  # today's habits; what a search finds to be better goes in here
+LONG = {"epochs": 80, "mix": "cutmix"}  # the best on the validation images (docs/accuracy.md)
 PAPER = {  # 2012
     **ORIGINAL,
     "init": "2012",  # 2012 source: layers/layers-145.cfg, layers-166.cfg
@@ -65,9 +67,9 @@ PAPER = {  # 2012
     "groups": 1,  # one GPU is enough today; the paper had 2 (§3.2)
 }
 RECIPES = {  # the first row of a recipe and data set has the default optimizer
-    ("modern", "cifar10", "sgd"): {"epochs": 60, "lr": 0.01, **SGD, **MODERN},
-    ("modern", "cifar10", "adam"): {"epochs": 60, "lr": 2e-4, **ADAM, **MODERN},
-    ("modern", "cifar10", "adamw"): {"epochs": 60, "lr": 2e-4, **ADAMW, **MODERN},
+    ("modern", "cifar10", "sgd"): {"lr": 0.01, **SGD, **MODERN, **LONG},
+    ("modern", "cifar10", "adam"): {"lr": 2e-4, **ADAM, **MODERN, **LONG},
+    ("modern", "cifar10", "adamw"): {"lr": 2e-4, **ADAMW, **MODERN, **LONG},
     ("modern", "shapes", "sgd"): {"epochs": 4, "lr": 0.01, **SGD, **MODERN, **SMALL},
     ("modern", "shapes", "adam"): {"epochs": 4, "lr": 1e-4, **ADAM, **MODERN, **SMALL},
     ("modern", "shapes", "adamw"): {"epochs": 4, "lr": 1e-4, **ADAMW, **MODERN, **SMALL},
@@ -207,13 +209,30 @@ def recipe_defaults(name: str) -> str:
     first = values["modern", "cifar10", "sgd"]
     texts = [str(first)]
     for value in dict.fromkeys(values.values()):
-        keys = [key for key in values if values[key] == value]
-        # A recipe, data set or optimizer by itself, if that tells these rows from all others.
-        options = zip(("--recipe", "--dataset", "--optimizer"), keys[0], strict=True)
-        alone = [pair for pair in options if [key for key in values if pair[1] in key] == keys]
-        where = " and ".join(map(" ".join, alone[:1] or keys))
+        where = " and ".join(
+            telling_options({key for key in values if values[key] == value}, values)
+        )
         texts += [f"{value} with {where}"] if value != first else []
     return f"default: {', '.join(texts)}"
+
+
+def telling_options(keys: set, all_keys: Iterable) -> list[str]:
+    """The fewest recipes, data sets or optimizers that tell these rows of RECIPES from all others.
+
+    The rows in full if there are none that do.
+    """
+    names = ("--recipe", "--dataset", "--optimizer")
+    options = {
+        f"{name} {key[place]}": {other for other in all_keys if other[place] == key[place]}
+        for key in sorted(keys)
+        for place, name in enumerate(names)
+    }
+    chosen, covered = [], set()
+    for option, rows in sorted(options.items(), key=lambda pair: -len(pair[1])):
+        if rows <= keys and not rows <= covered:
+            chosen.append(option)
+            covered |= rows
+    return chosen if covered == keys else [" ".join(key) for key in sorted(keys)]
 
 
 # ---------------------------------------------------------------------------------------------

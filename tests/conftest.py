@@ -9,6 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+# Before the first import of kernels.py: without a GPU Triton is to interpret its kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from filelock import FileLock
 from tiny_train import SHAPES_PER_CLASS, UNITS
 

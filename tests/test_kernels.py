@@ -1,0 +1,116 @@
+"""The kernels for GPUs: on a GPU as they are, elsewhere interpreted by Triton (see conftest.py)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import model
+from model import AlexNet, LocalResponseNorm
+
+kernels = pytest.importorskip("kernels", reason="there is no Triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _kernels_everywhere(monkeypatch):
+    """So that model.py takes them on a CPU too, if they fit."""
+
+    def fits(x, groups):
+        return x.dtype != torch.float64 and x.is_contiguous(memory_format=torch.channels_last)
+
+    monkeypatch.setattr(model, "_has_kernels", fits)
+
+
+def channels_last(*shape):
+    x = torch.randn(shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    return x.requires_grad_()
+
+
+@pytest.mark.parametrize("beta", [0.75, 1.0])
+@pytest.mark.parametrize("size", [1, 4, 5, 9])
+@pytest.mark.parametrize(("channels", "groups"), [(96, 1), (96, 2), (7, 1), (6, 2)])
+def test_lrn_equals_float64(channels, groups, size, beta):
+    """Which test_model.py compares with the formula and its gradient."""
+    norm = LocalResponseNorm(size, alpha=0.3, beta=beta, k=1.5, groups=groups)
+    a = channels_last(2, channels, 5, 4)
+    exact = a.detach().double().requires_grad_()
+    out, expected = norm(a), norm(exact)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad.double())
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out.double(), expected, rtol=2**-20, atol=1e-7)
+    torch.testing.assert_close(a.grad.double(), exact.grad, rtol=2**-18, atol=1e-6)
+
+
+def test_lrn_takes_the_gradient_in_any_memory_format_and_an_empty_batch():
+    norm = LocalResponseNorm(alpha=0.3)
+    a = channels_last(2, 7, 5, 4)
+    grad = torch.randn(2, 7, 5, 4, device=DEVICE)
+    [ours] = torch.autograd.grad(norm(a), a, grad)
+    exact = a.detach().double().requires_grad_()
+    [expected] = torch.autograd.grad(norm(exact), exact, grad.double())
+    torch.testing.assert_close(ours.double(), expected, rtol=2**-18, atol=1e-6)
+    assert norm(channels_last(0, 7, 5, 4)).shape == (0, 7, 5, 4)
+
+
+def test_second_derivative_of_lrn_is_an_error():
+    a = channels_last(1, 7, 2, 2)
+    [grad] = torch.autograd.grad(LocalResponseNorm()(a).sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(grad.sum(), a)
+
+
+@pytest.mark.parametrize("shape", [(2, 96, 13, 13), (2, 5, 7, 12), (1, 3, 6, 3), (0, 5, 7, 7)])
+@pytest.mark.parametrize("size", [2, 3])
+def test_pooling_equals_torch(size, shape):
+    """Also of equal values, which ReLU makes many of: both take the first."""
+    x = channels_last(*shape).detach().relu().requires_grad_()
+    grads = []
+    for pool in (model._MaxPool2d(size, stride=2), lambda x: F.max_pool2d(x, size, 2)):
+        out = pool(x)
+        torch.manual_seed(1)
+        grads.append((out, *torch.autograd.grad(out, x, torch.randn_like(out))))
+    (ours, our_grad), (theirs, their_grad) = grads
+    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(our_grad, their_grad)
+
+
+def test_pooling_keeps_nan():
+    x = channels_last(1, 3, 5, 5).detach()
+    x[0, 1, 2, 2] = torch.nan
+    out = model._MaxPool2d(3, stride=2)(x)
+    assert out.isnan().sum() == 4
+    assert out[0, 1].isnan().all()
+
+
+def test_conv1_over_squares_is_the_convolution():
+    x = torch.randn(2, 3, 227, 227, dtype=torch.float64)
+    conv = nn.Conv2d(3, 96, 11, stride=4, dtype=torch.float64)
+    ours = model._convolve_squares(x, conv.weight, conv.bias)
+    torch.testing.assert_close(ours, conv(x), rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_network_takes_the_kernels_and_learns_the_same(monkeypatch):
+    network = AlexNet(dropout=0.0).to(DEVICE, memory_format=torch.channels_last)
+    image, label = channels_last(1, 3, 227, 227).detach(), torch.tensor([1], device=DEVICE)
+    launched = []
+    launch = kernels._launch
+    monkeypatch.setattr(
+        kernels, "_launch", lambda *a, **k: launched.append(a[0]) or launch(*a, **k)
+    )
+
+    def loss_and_gradients(network):
+        loss = F.cross_entropy(network(image), label)
+        return loss, *torch.autograd.grad(loss, list(network.parameters()))
+
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    loss, *grads = loss_and_gradients(compiled)
+    assert len(launched) == 2 * (2 + 3)  # forward and backward: two normalisations, three poolings
+    monkeypatch.setattr(model, "_has_kernels", lambda x, groups: False)
+    expected_loss, *expected = loss_and_gradients(network)
+    assert len(launched) == 10
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    for ours, theirs in zip(grads, expected, strict=True):
+        assert torch.linalg.norm(ours - theirs) < 1e-4 * torch.linalg.norm(theirs)
