@@ -5,6 +5,9 @@ channels, reads its input from memory once and writes its output once, as the CU
 did (cuda-convnet, src/cudaconv2). torch.compile takes these operations as they are.
 """
 
+import functools
+import warnings
+
 import torch
 import triton
 import triton.language as tl
@@ -34,7 +37,28 @@ def _launch(kernel, over: Tensor, *arguments, groups: int = 1) -> None:
     height = max(1, VALUES_AT_ONCE // width)
     blocks = triton.cdiv(positions, height)
     if blocks:
-        kernel[(blocks,)](*arguments, positions, channels, height, width, num_warps=4)
+        with torch.cuda.device_of(over):  # Triton takes the current GPU, whatever the tensors' is
+            kernel[(blocks,)](*arguments, positions, channels, height, width, num_warps=4)
+
+
+@torch.compiler.assume_constant_result  # which a cached function must not be itself
+def work(device: str = "cuda") -> bool:
+    """Whether Triton can run a kernel there: it needs a C compiler, and not too old a GPU.
+
+    Warns once if not.
+    """
+    return _try(device)
+
+
+@functools.cache
+def _try(device: str) -> bool:
+    try:
+        local_response_norm(torch.ones(1, 1, 1, 1, device=device), 1, 1.0, 1.0, 1.0, 1)
+    except Exception as error:  # Triton's are of many kinds
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"no Triton here ({reason}): LRN and pooling will be slower", stacklevel=2)
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------

@@ -414,6 +414,7 @@ def _has_kernels(x: Tensor, groups: int) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.dtype != torch.float64
         and x.shape[1] // groups <= kernels.MOST_CHANNELS
+        and kernels.work()
     )
 
 

@@ -17,7 +17,8 @@ def _kernels_everywhere(monkeypatch):
     """So that model.py takes them on a CPU too, if they fit."""
 
     def fits(x, groups):
-        return x.dtype != torch.float64 and x.is_contiguous(memory_format=torch.channels_last)
+        is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        return x.dtype != torch.float64 and is_channels_last and kernels.work(DEVICE)
 
     monkeypatch.setattr(model, "_has_kernels", fits)
 
@@ -85,6 +86,19 @@ def test_pooling_keeps_nan():
     assert out[0, 1].isnan().all()
 
 
+def test_machine_without_triton_is_told_once(monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("Failed to find C compiler.")
+
+    assert kernels.work(DEVICE)
+    monkeypatch.setattr(kernels, "_launch", no_compiler)
+    kernels._try.cache_clear()
+    with pytest.warns(UserWarning, match=r"no Triton here \(Failed to find C compiler\.\)"):
+        assert not kernels.work(DEVICE)
+    assert not kernels.work(DEVICE)  # without a warning, which would be an error here
+    kernels._try.cache_clear()
+
+
 def test_conv1_over_squares_is_the_convolution():
     x = torch.randn(2, 3, 227, 227, dtype=torch.float64)
     conv = nn.Conv2d(3, 96, 11, stride=4, dtype=torch.float64)
@@ -95,6 +109,7 @@ def test_conv1_over_squares_is_the_convolution():
 def test_compiled_network_takes_the_kernels_and_learns_the_same(monkeypatch):
     network = AlexNet(dropout=0.0).to(DEVICE, memory_format=torch.channels_last)
     image, label = channels_last(1, 3, 227, 227).detach(), torch.tensor([1], device=DEVICE)
+    assert kernels.work(DEVICE)  # before launches are counted
     launched = []
     launch = kernels._launch
     monkeypatch.setattr(
