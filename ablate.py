@@ -95,7 +95,7 @@ WITH = {
     "smoothing": Switch(
         {"label_smoothing": 0.1}, "label smoothing 0.1", "Szegedy et al. 2016, 1512.00567, §7"
     ),
-    "mixup": Switch({"mix": "mixup"}, "MixUp", "Zhang et al. 2018, 1710.09412"),
+    "mixup": Switch({"mix": "mixup"}, "MixUp, not CutMix", "Zhang et al. 2018, 1710.09412"),
     "unmixed": Switch({"mix": "none"}, "no CutMix", "Yun et al. 2019, 1905.04899"),
     "affine": Switch({"augmentation": "affine"}, "turn and zoom", ""),
     "cutout": Switch({"augmentation": "cutout"}, "cutout", "DeVries and Taylor 2017, 1708.04552"),

@@ -31,7 +31,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 import figures
-from dataset import Augmentation, Dataset, Preprocessing, Split, laid_out, training_batches
+from dataset import Augmentation, Dataset, Preprocessing, Split, in_fast_layout, training_batches
 from model import IMAGE_SIZE, AlexNet, LocalResponseNorm
 from parallel import Processes
 from recipes import new_config
@@ -208,7 +208,7 @@ def our_call(case: Case, device: torch.device) -> Callable[[], None]:
     if case.part == "step":
         run = our_run(case, device)
         images, labels = (part[run.processes.share] for part in random_batch(case, device))
-        images = laid_out(images)
+        images = in_fast_layout(images)
         return lambda: train_step(run, images, labels)
 
     split = random_split(case.images).to(device)
@@ -231,7 +231,7 @@ def our_inference(case: Case, device: torch.device) -> Callable[[], Tensor]:
     if case.side == "compiled":
         network = compiled(network, device)
     images, _ = random_batch(case, device)
-    images = laid_out(images)
+    images = in_fast_layout(images)
 
     @torch.no_grad()
     def infer() -> Tensor:
@@ -618,7 +618,7 @@ def table_line(row: dict) -> str:
     memory = f"{row['peak_memory_mib']:,} MiB" if row["peak_memory_mib"] else ""
     return (
         f"{name:<46}{row['batch_size']:>6}  "
-        f"{f'{rate} ({low} to {high})':<27}"
+        f"{f'{rate} ({low} to {high})':<25}  "
         f"{f'{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})':<22}"
         f"{memory:>10}  "
         f"{f'{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})' if share else '':<16}"

@@ -438,7 +438,7 @@ def resample(
         hidden: bool [N, 1, H, W], the pixels to be replaced by the mean colour.
         divisor: of the image without its mean and with its noise; 1 without noise.
 
-    Returns float32 [N, 3, S, S], laid_out(). The identity map gives what
+    Returns float32 [N, 3, S, S], on a CPU channels last. The identity map gives what
     torch.nn.functional.interpolate(mode="bilinear") gives.
     """
     size = preprocessing.size
@@ -456,10 +456,10 @@ def resample(
     if hidden is not None:
         normalised = normalised.masked_fill(hidden, 0)
     resampled = F.grid_sample(normalised, grid, padding_mode="reflection", align_corners=False)
-    return laid_out(resampled)
+    return in_fast_layout(resampled)
 
 
-def laid_out(images: Tensor) -> Tensor:
+def in_fast_layout(images: Tensor) -> Tensor:
     """Images [N, 3, S, S] in the memory format that AlexNet is fast with: channels last on a CPU.
 
     On a GPU conv1 rearranges them in any case.

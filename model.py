@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 try:
-    import kernels
+    import gpu_kernels
 except ImportError:  # torch brings Triton where it can drive an NVIDIA GPU
-    kernels = None
+    gpu_kernels = None
 
 # 55 positions of an 11x11 filter at stride 4. The paper and the 2012 source have 224, of which the
 # source makes 55 by rounding up (layer.py, modulesX); PyTorch rounds down.
@@ -52,7 +52,8 @@ class AlexNet(nn.Module):
         pooling: "overlapping" is 3x3 at stride 2; "non-overlapping" is 2x2 at stride 2 (§3.4),
             which gives feature maps of the same sizes, 27, 13 and 6.
 
-    Shape: float [N, 3, 227, 227] to logits [N, num_classes].
+    Shape: float [N, 3, 227, 227] to logits [N, num_classes]. On an NVIDIA GPU, in channels last and
+    not in float64, it can be differentiated once only.
 
     Attributes:
         config: all of these settings; AlexNet(**config) is the same network with new weights.
@@ -209,7 +210,7 @@ class _Conv1(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, 227, 227] to [N, 96, 55, 55]."""
-        if x.is_cuda:
+        if x.is_cuda and x.shape[-2] % 4 == x.shape[-1] % 4 == 3:  # as 227 is
             return _convolve_squares(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -228,10 +229,13 @@ def _convolve_squares(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class _MaxPool2d(nn.MaxPool2d):
     """Max pooling at stride 2."""
 
+    def __init__(self, size: int):
+        super().__init__(size, stride=2)
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] to [N, C, H', W']."""
-        if _has_kernels(x, groups=1):
-            return kernels.max_pool(x, self.kernel_size)[0]
+        if _has_kernels(x, groups=1) and min(x.shape[2:]) >= self.kernel_size:
+            return gpu_kernels.max_pool(x, self.kernel_size)[0]
         return super().forward(x)
 
 
@@ -245,7 +249,7 @@ def _norm(name: str, groups: int) -> nn.Module:
 
 
 def _pool(name: str) -> nn.Module:
-    return _MaxPool2d(3 if name == "overlapping" else 2, stride=2)
+    return _MaxPool2d(3 if name == "overlapping" else 2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -268,9 +272,9 @@ class LocalResponseNorm(nn.Module):
 
     Shape: floating point [N, C, ...] to the same, channels last if the input is, else contiguous.
     The values of torch.nn.LocalResponseNorm, several times faster, with nothing but the input kept
-    for the backward pass. On an NVIDIA GPU kernels.py takes [N, C, H, W], channels last and not in
-    float64, and a second derivative is an error. Computed in float32, or float64 for float64; an
-    input or output in bf16 or fp16 is rounded once, as it is read or written.
+    for the backward pass. On an NVIDIA GPU [N, C, H, W] that is channels last and not in float64 is
+    for gpu_kernels.py, and a second derivative is an error. Computed in float32, or float64 for
+    float64; an input or output in bf16 or fp16 is rounded once, as it is read or written.
 
     Raises:
         TypeError: the input is not of a floating point type.
@@ -303,7 +307,7 @@ class LocalResponseNorm(nn.Module):
             raise ValueError(f"{a.shape[1]} channels cannot be split into {self.groups} groups")
         if _has_kernels(a, self.groups):
             constants = self.size, self.alpha, self.beta, self.k, self.groups
-            return kernels.local_response_norm(a, *constants)
+            return gpu_kernels.local_response_norm(a, *constants)
         if not (a.is_contiguous() or a.movedim(1, -1).is_contiguous()):
             a = a.contiguous()  # the other two are cut into parts without a copy
         # A compiler differentiates and fuses the plain formula itself.
@@ -406,16 +410,28 @@ def _power(d: Tensor, exponent: float) -> Tensor:
 
 
 def _has_kernels(x: Tensor, groups: int) -> bool:
-    """Whether kernels.py can take these values: on an NVIDIA GPU, channels last."""
+    """Whether gpu_kernels.py can take these values: on an NVIDIA GPU, channels last."""
     return (
-        x.is_cuda
-        and kernels is not None
+        gpu_kernels is not None
+        and _is_on_nvidia_gpu(x)
         and x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.dtype != torch.float64
-        and x.shape[1] // groups <= kernels.MOST_CHANNELS
-        and kernels.work()
+        and 0 < x.shape[1] // groups <= gpu_kernels.MOST_CHANNELS
+        and not _is_exported()
+        # What compiles the network for a GPU needs what the kernels need.
+        and (torch.compiler.is_dynamo_compiling() or gpu_kernels.can_run(x.device, x.dtype))
     )
+
+
+def _is_on_nvidia_gpu(x: Tensor) -> bool:
+    return x.is_cuda and torch.version.hip is None
+
+
+def _is_exported() -> bool:
+    """Whether torch.export makes a program of this, which should not need gpu_kernels.py."""
+    # torch 2.11 says that it is exporting whenever Dynamo compiles.
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def _at_least_float32(a: Tensor) -> torch.dtype:

@@ -37,7 +37,7 @@ from dataset import (
     Augmentation,
     Dataset,
     Preprocessing,
-    laid_out,
+    in_fast_layout,
     load_dataset,
     mix_seeds,
     stratified_subset,
@@ -469,7 +469,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     seed_device(run.device, mix_seeds(run.config["seed"], global_step, run.processes.rank))
     if run.mix and len(labels) > 1:
         images, targets = run.mix(images, labels)
-        images = laid_out(images)
+        images = in_fast_layout(images)
         labels = targets.argmax(1)  # of the image that there is more of
     else:
         targets = labels
@@ -760,7 +760,10 @@ def check_shares(config: dict, processes: Processes) -> None:
     if config["batch_size"] < processes.count:
         raise UserError(f"--batch-size {config['batch_size']} is less than one image per process")
     if config["mix"] != "none" and config["batch_size"] < 2 * processes.count:
-        raise UserError(f"--mix {config['mix']} needs at least two images of a batch per process")
+        raise UserError(
+            f"--mix {config['mix']} needs at least two images of a batch per process; "
+            "take more, or --mix none"
+        )
 
 
 def load_data(config: dict, processes: Processes) -> Dataset:

@@ -239,10 +239,14 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def seed_device(device: torch.device, seed: int) -> None:
-    """Seeds torch's generators of the CPU and the device; torch.manual_seed() is slow at all."""
+    """Seeds torch's generators of the CPU and the device.
+
+    torch.manual_seed(), which asks every kind of device that there is, takes longer.
+    """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-# Before the first import of kernels.py: without a GPU Triton is to interpret its kernels.
+# Before the first import of gpu_kernels.py: without a GPU Triton is to interpret its kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

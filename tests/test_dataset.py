@@ -585,8 +585,7 @@ def test_silent_network_does_not_hang(tiny_cifar10, monkeypatch):
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
 def test_damaged_file_is_named(tiny_cifar10, name):
     archive, folder = tiny_cifar10
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    shutil.unpack_archive(archive, folder)
     path = folder / CIFAR10.base_folder / name
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=f"{name} is damaged"):
@@ -595,8 +594,7 @@ def test_damaged_file_is_named(tiny_cifar10, name):
 
 def test_file_with_code_is_not_opened(tiny_cifar10, tmp_path):
     archive, folder = tiny_cifar10
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    shutil.unpack_archive(archive, folder)
 
     class Attack:
         def __reduce__(self):

@@ -2,7 +2,7 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import ROOT, needs_gpu, run_python
 
 from utils import (
     OneLineParser,
@@ -11,6 +11,7 @@ from utils import (
     autocast,
     make_deterministic,
     run_script,
+    seed_device,
     select_device,
     select_precision,
 )
@@ -157,3 +158,19 @@ def test_out_of_memory_is_one_line(capsys, error):
         run_script(fail)
     assert stopped.value.code == 2
     assert "out of memory" in capsys.readouterr().err
+
+
+def test_seeds_what_dropout_draws_from():
+    seed_device(torch.device("cpu"), 5)
+    ours = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(ours, torch.rand(3))
+
+
+@needs_gpu
+def test_seeds_the_gpu_in_use():
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    seed_device(device, 5)
+    ours = torch.rand(3, device=device)
+    torch.manual_seed(5)
+    assert torch.equal(ours, torch.rand(3, device=device))

@@ -41,19 +41,17 @@ def _launch(kernel, over: Tensor, *arguments, groups: int = 1) -> None:
             kernel[(blocks,)](*arguments, positions, channels, height, width, num_warps=4)
 
 
-@torch.compiler.assume_constant_result  # which a cached function must not be itself
-def work(device: str = "cuda") -> bool:
-    """Whether Triton can run a kernel there: it needs a C compiler, and not too old a GPU.
+@functools.cache
+def can_run(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton can run kernels there: it needs a C compiler, and not too old a GPU.
 
     Warns once if not.
     """
-    return _try(device)
-
-
-@functools.cache
-def _try(device: str) -> bool:
     try:
-        local_response_norm(torch.ones(1, 1, 1, 1, device=device), 1, 1.0, 1.0, 1.0, 1)
+        a = torch.ones(1, 8, 1, 1, device=device, dtype=dtype)
+        _local_response_norm_gradient(a, a, 5, 1.0, 1.0, 1.0, 1)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # Triton's are of many kinds
         reason = str(error).partition("\n")[0]
         warnings.warn(f"no Triton here ({reason}): LRN and pooling will be slower", stacklevel=2)
