@@ -248,6 +248,7 @@ def our_run(case: Case, device: torch.device) -> Run:
     given = {
         "precision": case.precision,
         "batch_size": case.batch_size,
+        "mix": "none",  # as the textbook has none
         "compile": case.side == "compiled",
     }
     return Run(Path("unused"), new_config(given), dataset, device, Processes())

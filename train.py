@@ -693,7 +693,7 @@ class Progress:
         seconds = step_seconds * (steps_left + validation_steps)
         message = f"this run will take about {readable_duration(seconds)}"
         if run.device.type == "cpu" and seconds > 600:
-            message += "; quicker: fewer --epochs, --dataset shapes (a few minutes), or a GPU"
+            message += "; quicker: fewer --epochs, --recipe fast, --dataset shapes, or a GPU"
         with self.bar.external_write_mode():
             self.run.say(message)
 
