@@ -6,6 +6,7 @@ did (cuda-convnet, src/cudaconv2). torch.compile takes these operations as they 
 """
 
 import functools
+import math
 import warnings
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_CHANNELS = 2048  # of a position, which is not split
-VALUES_AT_ONCE = 2048  # of a block: 16 for each of its 128 threads; measured
+MOST_VALUES = 2**31 - 2**16  # places are 32-bit numbers, and a block may reach beyond the last
 
 # ---------------------------------------------------------------------------------------------
 # Blocks
@@ -24,20 +25,19 @@ VALUES_AT_ONCE = 2048  # of a block: 16 for each of its 128 threads; measured
 @triton.jit
 def _block(positions, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """This block's positions [HEIGHT, 1] and channels [1, WIDTH], and which of them there are."""
-    position = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    position = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
     channel = tl.arange(0, WIDTH)[None, :]
     return position, channel, (position < positions) & (channel < CHANNELS)
 
 
-def _launch(kernel, over: Tensor, *arguments, groups: int = 1) -> None:
-    """Runs the kernel over all positions of a tensor; groups of channels count as positions."""
-    channels = over.shape[1] // groups
-    positions = over.numel() // channels
+def _launch(kernel, positions: int, channels: int, values_at_once: int, *arguments) -> None:
+    """Runs the kernel over so many positions, in blocks of so many values for 128 threads."""
     width = triton.next_power_of_2(channels)
-    height = max(1, VALUES_AT_ONCE // width)
+    height = max(1, values_at_once // width)
     blocks = triton.cdiv(positions, height)
     if blocks:
-        with torch.cuda.device_of(over):  # Triton takes the current GPU, whatever the tensors' is
+        # Triton takes the current GPU, whatever the tensors' is.
+        with torch.cuda.device_of(arguments[0]):
             kernel[(blocks,)](*arguments, positions, channels, height, width, num_warps=4)
 
 
@@ -65,37 +65,48 @@ def can_run(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @triton.jit
-def _divisor(
-    a_start, place, channel, there, factor, k,
-    BEFORE: tl.constexpr, AFTER: tl.constexpr,
-    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """k + factor * (sum of the squares of the window's channels)."""
-    energy = tl.zeros([HEIGHT, WIDTH], tl.float32)
+def _powers(d, BETA: tl.constexpr):
+    """d^-beta and d^-1."""
+    if BETA == 0.75:  # without logarithm and division, which take longer
+        root = tl.rsqrt(d)
+        return root * tl.sqrt(root), root * root
+    return tl.exp2(-BETA * tl.log2(d)), 1 / d
+
+
+@triton.jit
+def _window_sum(x, channel, BEFORE: tl.constexpr, AFTER: tl.constexpr, CHANNELS: tl.constexpr):
+    """At each channel the sum of x over those from BEFORE it to AFTER it."""
+    total = x
     for offset in tl.static_range(-BEFORE, AFTER + 1):
-        inside = there & (channel + offset >= 0) & (channel + offset < CHANNELS)
-        a = tl.load(a_start + place + offset, mask=inside, other=0.0).to(tl.float32)
-        energy += a * a
-    return k + factor * energy
+        if offset != 0:
+            other = channel + offset
+            inside = (other >= 0) & (other < CHANNELS)
+            # Threads exchange values that they have in registers; memory would be slower.
+            index = tl.broadcast_to(tl.where(inside, other, 0), x.shape)
+            total += tl.where(inside, tl.gather(x, index, 1), 0.0)
+    return total
 
 
 @triton.jit
 def _normalise(
-    a_start, out_start, factor, beta, k, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    a_start, out_start, factor, k,
+    BETA: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     positions, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """out = a d^-beta with the divisor d."""
+    """out = a d^-beta with the divisor d = k + factor * (sum of the window's squares)."""
     position, channel, there = _block(positions, CHANNELS, HEIGHT, WIDTH)
     place = position * CHANNELS + channel
     a = tl.load(a_start + place, mask=there, other=0.0).to(tl.float32)
-    d = _divisor(a_start, place, channel, there, factor, k, BEFORE, AFTER, CHANNELS, HEIGHT, WIDTH)
-    out = a * tl.exp2(-beta * tl.log2(d))
+    d = k + factor * _window_sum(a * a, channel, BEFORE, AFTER, CHANNELS)
+    power, _ = _powers(d, BETA)
+    out = a * power
     tl.store(out_start + place, out.to(out_start.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def _differentiate(
-    a_start, grad_start, out_start, factor, beta, k, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    a_start, grad_start, out_start, factor, k,
+    BETA: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     positions, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The gradient at a; its formula is at _gradient() in model.py."""
@@ -103,16 +114,11 @@ def _differentiate(
     place = position * CHANNELS + channel
     a = tl.load(a_start + place, mask=there, other=0.0).to(tl.float32)
     grad = tl.load(grad_start + place, mask=there, other=0.0).to(tl.float32)
-    d = _divisor(a_start, place, channel, there, factor, k, BEFORE, AFTER, CHANNELS, HEIGHT, WIDTH)
-    out = grad * tl.exp2(-beta * tl.log2(d))
-    each = tl.where(there, out * a / d, 0.0)
-    total = tl.zeros_like(each)
-    for offset in tl.static_range(-AFTER, BEFORE + 1):  # the channels whose window holds this one
-        other = channel + offset
-        inside = (other >= 0) & (other < CHANNELS)
-        index = tl.broadcast_to(tl.where(inside, other, 0), each.shape)
-        total += tl.where(inside, tl.gather(each, index, 1), 0.0)
-    out -= 2 * beta * factor * a * total
+    d = k + factor * _window_sum(a * a, channel, BEFORE, AFTER, CHANNELS)
+    power, inverse = _powers(d, BETA)
+    out = grad * power
+    # The window is mirrored: summed are the channels that have this one in theirs.
+    out -= 2 * BETA * factor * a * _window_sum(out * a * inverse, channel, AFTER, BEFORE, CHANNELS)
     tl.store(out_start + place, out.to(out_start.dtype.element_ty), mask=there)
 
 
@@ -122,8 +128,7 @@ def local_response_norm(
 ) -> Tensor:
     """What model.LocalResponseNorm does, computed in float32; differentiable once."""
     out = torch.empty_like(a)
-    window = size // 2, (size - 1) // 2
-    _launch(_normalise, a, a, out, alpha / size, beta, k, *window, groups=groups)
+    _launch_over_groups(_normalise, groups, a, out, alpha / size, k, beta, *_window(size))
     return out
 
 
@@ -133,9 +138,18 @@ def _local_response_norm_gradient(
 ) -> Tensor:
     grad = grad.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(a)
-    window = size // 2, (size - 1) // 2
-    _launch(_differentiate, a, a, grad, out, alpha / size, beta, k, *window, groups=groups)
+    _launch_over_groups(_differentiate, groups, a, grad, out, alpha / size, k, beta, *_window(size))
     return out
+
+
+def _launch_over_groups(kernel, groups: int, a: Tensor, *arguments) -> None:
+    channels = a.shape[1] // groups  # in memory another group is another position
+    _launch(kernel, a.numel() // channels, channels, 2048, a, *arguments)
+
+
+def _window(size: int) -> tuple[int, int]:
+    """How many channels before and after its own a window of an odd or even size has."""
+    return size // 2, (size - 1) // 2
 
 
 @local_response_norm.register_fake
@@ -163,49 +177,63 @@ local_response_norm.register_autograd(_backward, setup_context=_keep_input)
 
 @triton.jit
 def _pool(
-    x_start, out_start, winner_start, height, width, out_height, out_width, SIZE: tl.constexpr,
+    x_start, out_start, winner_start, IN_HEIGHT: tl.constexpr, IN_WIDTH: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr, SIZE: tl.constexpr,
     positions, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The largest of SIZE x SIZE values, and which of them it is: the first, if some are equal."""
     position, channel, there = _block(positions, CHANNELS, HEIGHT, WIDTH)
-    image, rest = position // (out_height * out_width), position % (out_height * out_width)
-    y, x = 2 * (rest // out_width), 2 * (rest % out_width)
-    corner = ((image * height + y) * width + x) * CHANNELS + channel
-    largest = tl.load(x_start + corner, mask=there, other=0.0)
-    winner = tl.zeros([HEIGHT, WIDTH], tl.int8)
+    image, y, x = _coordinates(position, OUT_HEIGHT, OUT_WIDTH)
+    corner = ((image * IN_HEIGHT + 2 * y) * IN_WIDTH + 2 * x) * CHANNELS + channel
+    largest = tl.load(x_start + corner, mask=there, other=0.0).to(tl.float32)
+    winner = tl.zeros([HEIGHT, WIDTH], tl.int32)
     for i in tl.static_range(1, SIZE * SIZE):
-        place = corner + (i // SIZE * width + i % SIZE) * CHANNELS
-        value = tl.load(x_start + place, mask=there, other=0.0)
+        place = corner + (i // SIZE * IN_WIDTH + i % SIZE) * CHANNELS
+        value = tl.load(x_start + place, mask=there, other=0.0).to(tl.float32)
         wins = (value > largest) | (value != value)  # NaN wins, as in torch
         largest = tl.where(wins, value, largest)
-        winner = tl.where(wins, i, winner).to(tl.int8)
-    tl.store(out_start + position * CHANNELS + channel, largest, mask=there)
-    tl.store(winner_start + position * CHANNELS + channel, winner, mask=there)
+        winner = tl.where(wins, i, winner)
+    place = position * CHANNELS + channel
+    tl.store(out_start + place, largest.to(out_start.dtype.element_ty), mask=there)
+    tl.store(winner_start + place, winner.to(tl.int8), mask=there)
 
 
 @triton.jit
 def _unpool(
-    grad_start, winner_start, out_start, height, width, out_height, out_width, SIZE: tl.constexpr,
+    grad_start, winner_start, out_start, IN_HEIGHT: tl.constexpr, IN_WIDTH: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr, SIZE: tl.constexpr,
     positions, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """At each value the sum of the gradients of the windows that it wins."""
+    """At each value the sum of the gradients of the windows that it wins.
+
+    A position is a square of 2x2 values, so that the place of each in its windows is known.
+    """
     position, channel, there = _block(positions, CHANNELS, HEIGHT, WIDTH)
-    image, rest = position // (height * width), position % (height * width)
-    y, x = rest // width, rest % width
-    total = tl.zeros([HEIGHT, WIDTH], tl.float32)
-    for i_before in tl.static_range(0, SIZE, 2):
-        for j_before in tl.static_range(0, SIZE, 2):
-            # The value is in row i and column j of a window, which begins at even ones.
-            i, j = y % 2 + i_before, x % 2 + j_before
-            out_y, out_x = (y - i) // 2, (x - j) // 2
-            inside = (i < SIZE) & (j < SIZE) & (y >= i) & (x >= j)
-            inside &= (out_y < out_height) & (out_x < out_width)
-            place = ((image * out_height + out_y) * out_width + out_x) * CHANNELS + channel
-            winner = tl.load(winner_start + place, mask=there & inside, other=-1)
-            grad = tl.load(grad_start + place, mask=there & inside, other=0.0)
-            total += tl.where(winner == i * SIZE + j, grad.to(tl.float32), 0.0)
-    out_place = position * CHANNELS + channel
-    tl.store(out_start + out_place, total.to(out_start.dtype.element_ty), mask=there)
+    image, y, x = _coordinates(position, (IN_HEIGHT + 1) // 2, (IN_WIDTH + 1) // 2)
+    for down in tl.static_range(2):
+        for right in tl.static_range(2):
+            total = tl.zeros([HEIGHT, WIDTH], tl.float32)
+            for i in tl.static_range(down, SIZE, 2):  # the value's row and column in a window
+                for j in tl.static_range(right, SIZE, 2):
+                    out_y, out_x = y - i // 2, x - j // 2
+                    inside = (
+                        (out_y >= 0) & (out_y < OUT_HEIGHT) & (out_x >= 0) & (out_x < OUT_WIDTH)
+                    )
+                    inside &= there
+                    place = ((image * OUT_HEIGHT + out_y) * OUT_WIDTH + out_x) * CHANNELS + channel
+                    winner = tl.load(winner_start + place, mask=inside, other=-1)
+                    grad = tl.load(grad_start + place, mask=inside, other=0.0).to(tl.float32)
+                    total += tl.where(winner == i * SIZE + j, grad, 0.0)
+            in_y, in_x = 2 * y + down, 2 * x + right
+            inside = there & (in_y < IN_HEIGHT) & (in_x < IN_WIDTH)
+            place = ((image * IN_HEIGHT + in_y) * IN_WIDTH + in_x) * CHANNELS + channel
+            tl.store(out_start + place, total.to(out_start.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _coordinates(position, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Image, row and column of a position in images of this height and width."""
+    return position // (HEIGHT * WIDTH), position // WIDTH % HEIGHT, position % WIDTH
 
 
 @torch.library.custom_op("alexnet::max_pool", mutates_args=())
@@ -215,15 +243,19 @@ def max_pool(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     The place counts from 0 row by row, as int8. Differentiable once.
     """
     out, winner = _pooled(x, size)
-    _launch(_pool, out, x, out, winner, *x.shape[2:], *out.shape[2:], size)
+    n, channels, *out_size = out.shape
+    arguments = x, out, winner, *x.shape[2:], *out_size, size
+    _launch(_pool, n * math.prod(out_size), channels, 1024, *arguments)
     return out, winner
 
 
 @torch.library.custom_op("alexnet::max_pool_gradient", mutates_args=())
 def _max_pool_gradient(grad: Tensor, winner: Tensor, height: int, width: int, size: int) -> Tensor:
     grad = grad.contiguous(memory_format=torch.channels_last)
+    n, channels, *out_size = grad.shape
     out = _empty(grad, height, width)
-    _launch(_unpool, out, grad, winner, out, height, width, *grad.shape[2:], size)
+    arguments = grad, winner, out, height, width, *out_size, size
+    _launch(_unpool, n * ((height + 1) // 2) * ((width + 1) // 2), channels, 1024, *arguments)
     return out
 
 

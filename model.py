@@ -418,6 +418,7 @@ def _has_kernels(x: Tensor, groups: int) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.dtype != torch.float64
         and 0 < x.shape[1] // groups <= gpu_kernels.MOST_CHANNELS
+        and x.numel() <= gpu_kernels.MOST_VALUES
         and not _is_exported()
         # What compiles the network for a GPU needs what the kernels need.
         and (torch.compiler.is_dynamo_compiling() or gpu_kernels.can_run(x.device, x.dtype))
