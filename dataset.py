@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 
-from model import IMAGE_SIZE
+from model import IMAGE_SIZE, kernels_for
 from utils import UserError
 
 DATASETS = {"cifar10": "CIFAR-10", "shapes": "shapes"}  # names for options and for people
@@ -446,15 +446,17 @@ def resample(
         return torch.empty(0, 3, size, size, device=images.device)
     mean = _per_channel(tuple(preprocessing.mean), images.device)
     std = _per_channel(tuple(preprocessing.std), images.device)
-    x, y, one = maps[:, None, None].unbind(-1)  # each [N, 1, 1, 2]
-    places = _places(size, images.device)
-    grid = torch.addcmul(torch.addcmul(one, y, places[:, None]), x, places)
     centred = images - mean
     if noise is not None:
         centred = (centred + noise[:, :, None, None]) / divisor
     normalised = centred / std
     if hidden is not None:
         normalised = normalised.masked_fill(hidden, 0)
+    if kernels := kernels_for(normalised):
+        return kernels.resample(normalised, maps, size)
+    x, y, one = maps[:, None, None].unbind(-1)  # each [N, 1, 1, 2]
+    places = _places(size, images.device)
+    grid = torch.addcmul(torch.addcmul(one, y, places[:, None]), x, places)
     resampled = F.grid_sample(normalised, grid, padding_mode="reflection", align_corners=False)
     return in_fast_layout(resampled)
 

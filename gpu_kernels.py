@@ -1,8 +1,8 @@
-"""Local response normalisation and max pooling for NVIDIA GPUs, in Triton.
+"""Local response normalisation, max pooling and resampling for NVIDIA GPUs, in Triton.
 
-All tensors are [N, C, H, W], channels last. A kernel works on blocks of positions with all of their
-channels, reads its input from memory once and writes its output once, as the CUDA kernels of 2012
-did (cuda-convnet, src/cudaconv2). torch.compile takes these operations as they are.
+Activations are [N, C, H, W], channels last. Their kernels work on blocks of positions with all of
+their channels, read their input from memory once and write their output once, as the CUDA kernels
+of 2012 did (cuda-convnet, src/cudaconv2). torch.compile takes these operations as they are.
 """
 
 import functools
@@ -289,3 +289,62 @@ def _pool_backward(ctx, grad: Tensor, _):
 
 
 max_pool.register_autograd(_pool_backward, setup_context=_keep_winner)
+
+
+# ---------------------------------------------------------------------------------------------
+# Resampling
+# ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _reflected(place, SIZE: tl.constexpr):
+    """A place in pixels, reflected at the edges -1/2 and SIZE - 1/2 until it is between them."""
+    distance = tl.abs(place + 0.5)
+    times = tl.floor(distance / SIZE)
+    rest = distance - times * SIZE
+    inside = tl.where(times.to(tl.int32) % 2 == 0, rest, SIZE - rest) - 0.5
+    return tl.minimum(tl.maximum(inside, 0.0), SIZE - 1.0)
+
+
+@triton.jit
+def _resample(
+    images_start, maps_start, out_start, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr, OUT_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Pixels of an output image from four pixels of its input image, by their distances."""
+    image = tl.program_id(0).to(tl.int64)
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = pixel < OUT_SIZE * OUT_SIZE
+    x = (2.0 * (pixel % OUT_SIZE) + 1.0) / OUT_SIZE - 1.0
+    y = (2.0 * (pixel // OUT_SIZE) + 1.0) / OUT_SIZE - 1.0
+    numbers = maps_start + image * 6
+    from_x = x * tl.load(numbers) + y * tl.load(numbers + 1) + tl.load(numbers + 2)
+    from_y = x * tl.load(numbers + 3) + y * tl.load(numbers + 4) + tl.load(numbers + 5)
+    from_x = _reflected((from_x + 1.0) * (WIDTH / 2) - 0.5, WIDTH)
+    from_y = _reflected((from_y + 1.0) * (HEIGHT / 2) - 0.5, HEIGHT)
+    left, top = from_x.to(tl.int32), from_y.to(tl.int32)
+    right, bottom = tl.minimum(left + 1, WIDTH - 1), tl.minimum(top + 1, HEIGHT - 1)
+    to_right, down = from_x - left, from_y - top
+    for channel in tl.static_range(CHANNELS):
+        plane = images_start + (image * CHANNELS + channel) * (HEIGHT * WIDTH)
+        upper_left = tl.load(plane + top * WIDTH + left)
+        upper_right = tl.load(plane + top * WIDTH + right)
+        lower_left = tl.load(plane + bottom * WIDTH + left)
+        lower_right = tl.load(plane + bottom * WIDTH + right)
+        upper = upper_left + to_right * (upper_right - upper_left)
+        lower = lower_left + to_right * (lower_right - lower_left)
+        out_plane = out_start + (image * CHANNELS + channel) * (OUT_SIZE * OUT_SIZE)
+        tl.store(out_plane + pixel, upper + down * (lower - upper), mask=there)
+
+
+def resample(images: Tensor, maps: Tensor, size: int) -> Tensor:
+    """What affine_grid and grid_sample make of float32 images [N, C, H, W] and maps [N, 2, 3].
+
+    Bilinear, with reflection beyond the edges; float32 [N, C, size, size], not channels last.
+    """
+    images, maps = images.contiguous(), maps.contiguous()
+    out = images.new_empty(*images.shape[:2], size, size)
+    blocks = len(images), triton.cdiv(size * size, 1024)
+    with torch.cuda.device_of(images):
+        _resample[blocks](images, maps, out, *images.shape[1:], size, 1024, num_warps=4)
+    return out

@@ -409,19 +409,25 @@ def _power(d: Tensor, exponent: float) -> Tensor:
     return d**exponent
 
 
+def kernels_for(x: Tensor):
+    """The module gpu_kernels if it can work with values of this type where they are, else None."""
+    if gpu_kernels is None or not _is_on_nvidia_gpu(x) or x.dtype == torch.float64:
+        return None
+    # What compiles the network for a GPU needs what the kernels need.
+    if torch.compiler.is_dynamo_compiling() or gpu_kernels.can_run(x.device, x.dtype):
+        return gpu_kernels
+    return None
+
+
 def _has_kernels(x: Tensor, groups: int) -> bool:
-    """Whether gpu_kernels.py can take these values: on an NVIDIA GPU, channels last."""
+    """Whether gpu_kernels.py can take these activations: on an NVIDIA GPU, channels last."""
     return (
-        gpu_kernels is not None
-        and _is_on_nvidia_gpu(x)
-        and x.dim() == 4
+        x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)
-        and x.dtype != torch.float64
+        and not _is_exported()
+        and kernels_for(x) is not None
         and 0 < x.shape[1] // groups <= gpu_kernels.MOST_CHANNELS
         and x.numel() <= gpu_kernels.MOST_VALUES
-        and not _is_exported()
-        # What compiles the network for a GPU needs what the kernels need.
-        and (torch.compiler.is_dynamo_compiling() or gpu_kernels.can_run(x.device, x.dtype))
     )
 
 

@@ -7,14 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dataset
 import model
+from dataset import Augmentation, Preprocessing, random_maps, resample
 from model import AlexNet, LocalResponseNorm
 
 kernels = pytest.importorskip("gpu_kernels", reason="there is no Triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 # float32 sums round some dozen times, the others once at the end; interpreted, bf16 is cut off.
 BOUNDS = {torch.float32: 2**-20, torch.float16: 2**-10}
-BOUNDS[torch.bfloat16] = 2**-8 if DEVICE == "cuda" else 2**-7
+BOUNDS[torch.bfloat16] = 2**-8 if DEVICE != "cpu" else 2**-7
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +134,34 @@ def test_exported_network_does_not_need_the_kernels(launched):
     assert "alexnet." not in exported.graph_module.code
     exported.module()(images)
     assert not launched
+
+
+def test_resampling_equals_grid_sample_in_float64():
+    """Turned, zoomed, mirrored, and moved so far that the edges reflect more than once."""
+    images = torch.randn(3, 3, 32, 24, device=DEVICE)
+    maps = torch.tensor(
+        [
+            [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]],
+            [[-0.9, 0.3, 2.5], [0.2, 1.1, -3.2]],
+            [[0.5, -2.0, -0.4], [1.7, 0.8, 5.1]],
+        ],
+        device=DEVICE,
+    )
+    grid = F.affine_grid(maps.double(), [3, 3, 55, 55], align_corners=False)
+    expected = F.grid_sample(images.double(), grid, padding_mode="reflection", align_corners=False)
+    ours = kernels.resample(images, maps, 55)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_batches_are_made_by_the_kernel(monkeypatch):
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    maps = random_maps(2, Augmentation(rotation=15.0, zoom=1.2), generator).to(DEVICE)
+    preprocessing = Preprocessing([120.0] * 3, [60.0] * 3, size=55)
+    ours = resample(images, maps, preprocessing)
+    monkeypatch.setattr(dataset, "kernels_for", lambda x: None)
+    torch.testing.assert_close(ours, resample(images, maps, preprocessing), rtol=0, atol=1e-4)
 
 
 def test_conv1_over_squares_is_the_convolution():
