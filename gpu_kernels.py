@@ -2,7 +2,8 @@
 
 Activations are [N, C, H, W], channels last. Their kernels work on blocks of positions with all of
 their channels, read their input from memory once and write their output once, as the CUDA kernels
-of 2012 did (cuda-convnet, src/cudaconv2). torch.compile takes these operations as they are.
+of 2012 did (cuda-convnet, src/cudaconv2). torch.compile takes these operations as they are; a
+memory format that it promised is made sure of here, because its tracing errs with pixel_unshuffle.
 """
 
 import functools
@@ -39,6 +40,10 @@ def _launch(kernel, positions: int, channels: int, values_at_once: int, *argumen
         # Triton takes the current GPU, whatever the tensors' is.
         with torch.cuda.device_of(arguments[0]):
             kernel[(blocks,)](*arguments, positions, channels, height, width, num_warps=4)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 @functools.cache
@@ -127,6 +132,7 @@ def local_response_norm(
     a: Tensor, size: int, alpha: float, beta: float, k: float, groups: int
 ) -> Tensor:
     """What model.LocalResponseNorm does, computed in float32; differentiable once."""
+    a = _channels_last(a)
     out = torch.empty_like(a)
     _launch_over_groups(_normalise, groups, a, out, alpha / size, k, beta, *_window(size))
     return out
@@ -136,7 +142,7 @@ def local_response_norm(
 def _local_response_norm_gradient(
     a: Tensor, grad: Tensor, size: int, alpha: float, beta: float, k: float, groups: int
 ) -> Tensor:
-    grad = grad.contiguous(memory_format=torch.channels_last)
+    a, grad = _channels_last(a), _channels_last(grad)
     out = torch.empty_like(a)
     _launch_over_groups(_differentiate, groups, a, grad, out, alpha / size, k, beta, *_window(size))
     return out
@@ -155,7 +161,7 @@ def _window(size: int) -> tuple[int, int]:
 @local_response_norm.register_fake
 @_local_response_norm_gradient.register_fake
 def _(a, *_):
-    return torch.empty_like(a)
+    return torch.empty_like(a, memory_format=torch.channels_last)
 
 
 def _keep_input(ctx, inputs, output) -> None:
@@ -242,6 +248,7 @@ def max_pool(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
     The place counts from 0 row by row, as int8. Differentiable once.
     """
+    x = _channels_last(x)
     out, winner = _pooled(x, size)
     n, channels, *out_size = out.shape
     arguments = x, out, winner, *x.shape[2:], *out_size, size
@@ -251,7 +258,7 @@ def max_pool(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("alexnet::max_pool_gradient", mutates_args=())
 def _max_pool_gradient(grad: Tensor, winner: Tensor, height: int, width: int, size: int) -> Tensor:
-    grad = grad.contiguous(memory_format=torch.channels_last)
+    grad = _channels_last(grad)
     n, channels, *out_size = grad.shape
     out = _empty(grad, height, width)
     arguments = grad, winner, out, height, width, *out_size, size

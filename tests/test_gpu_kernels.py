@@ -77,6 +77,13 @@ def test_lrn_takes_the_gradient_in_any_memory_format_and_an_empty_batch():
     assert norm(channels_last(0, 7, 5, 4)).shape == (0, 7, 5, 4)
 
 
+def test_operations_do_not_rely_on_a_promised_memory_format():
+    a = torch.randn(2, 7, 5, 4, device=DEVICE)
+    out = kernels.local_response_norm(a, 5, 1.0, 0.75, 2.0, 1)
+    torch.testing.assert_close(out, F.local_response_norm(a, 5, 1.0, 0.75, 2.0))
+    assert torch.equal(kernels.max_pool(a, 3)[0], F.max_pool2d(a, 3, 2))
+
+
 def test_second_derivative_of_lrn_is_an_error():
     a = channels_last(1, 7, 2, 2)
     [grad] = torch.autograd.grad(LocalResponseNorm()(a).sum(), a, create_graph=True)
