@@ -91,7 +91,7 @@ WITH = {
     "nesterov": Switch({"nesterov": True}, "Nesterov momentum", "Sutskever et al. 2013, ICML"),
     "adamw": Switch({"optimizer": "adamw"}, "AdamW", "Loshchilov and Hutter 2019,\n1711.05101"),
     "decay-0.001": Switch({"weight_decay": 1e-3}, "weight decay 0.001", ""),
-    "batch-256": Switch({"batch_size": 256, "lr_times": 2}, "batch of 256,\ntwice the rate", ""),
+    "batch-128": Switch({"batch_size": 128, "lr_times": 0.5}, "batch of 128,\nhalf the rate", ""),
     "smoothing": Switch(
         {"label_smoothing": 0.1}, "label smoothing 0.1", "Szegedy et al. 2016, 1512.00567, §7"
     ),

@@ -180,8 +180,8 @@ def test_rates_are_multiples_of_the_recipes():
     args.epochs, args.train_images, args.compile = 1, None, True
     assert ablate.run_settings(args, "base", 0)["compile"]
     rates = {name: ablate.run_settings(args, name, 0).get("lr") for name in ablate.WITH}
-    assert rates["half-rate"] == recipes.new_config({})["lr"] / 2
-    assert rates["double-rate"] == rates["batch-256"] == recipes.new_config({})["lr"] * 2
+    assert rates["half-rate"] == rates["batch-128"] == recipes.new_config({})["lr"] / 2
+    assert rates["double-rate"] == recipes.new_config({})["lr"] * 2
     assert rates["mixup"] is None
     assert [ablate.run_settings(args, "base", seed)["seed"] for seed in range(3)] == [0, 1, 2]
 

@@ -208,7 +208,10 @@ def test_bad_command_is_one_line(tiny, capsys, options, named):
     ("option", "text"),
     [
         ("dropout", "0.5"),
-        ("batch_size", "128, 32 with --dataset shapes"),
+        (
+            "batch_size",
+            "256, 32 with --dataset shapes, 128 with fast cifar10 adam and paper cifar10 sgd",
+        ),
         ("init", "he, 2012 with --recipe paper"),
         ("mix", "cutmix, none with --dataset shapes and --recipe paper and --recipe fast"),
         ("weight_decay", "0.0005, 0.0 with --optimizer adam, 0.05 with --optimizer adamw"),
