@@ -37,8 +37,8 @@ from utils import (
 class Switch(NamedTuple):
     """What differs from the base, the name of the idea behind it, and what its source says.
 
-    The settings are those of train.py, and lr_times multiplies the recipe's learning rate. They
-    take away an idea of the paper, or add one that came later.
+    The settings are those of train.py; lr_times and batch_times multiply the recipe's learning rate
+    and batch. They take away an idea of the paper, or add one that came later.
     """
 
     settings: dict
@@ -91,7 +91,9 @@ WITH = {
     "nesterov": Switch({"nesterov": True}, "Nesterov momentum", "Sutskever et al. 2013, ICML"),
     "adamw": Switch({"optimizer": "adamw"}, "AdamW", "Loshchilov and Hutter 2019,\n1711.05101"),
     "decay-0.001": Switch({"weight_decay": 1e-3}, "weight decay 0.001", ""),
-    "batch-128": Switch({"batch_size": 128, "lr_times": 0.5}, "batch of 128,\nhalf the rate", ""),
+    "half-batch": Switch(
+        {"batch_times": 0.5, "lr_times": 0.5}, "half the batch,\nhalf the rate", ""
+    ),
     "smoothing": Switch(
         {"label_smoothing": 0.1}, "label smoothing 0.1", "Szegedy et al. 2016, 1512.00567, §7"
     ),
@@ -163,8 +165,11 @@ def run_settings(args: argparse.Namespace, name: str, seed: int) -> dict:
     if name == BASE:
         return settings
     changed = dict(IDEAS[args.ideas][name].settings)
+    base = recipes.new_config(settings)
     if "lr_times" in changed:
-        changed["lr"] = recipes.new_config(settings)["lr"] * changed.pop("lr_times")
+        changed["lr"] = base["lr"] * changed.pop("lr_times")
+    if "batch_times" in changed:
+        changed["batch_size"] = int(base["batch_size"] * changed.pop("batch_times"))
     return {**settings, **changed}
 
 

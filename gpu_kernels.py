@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_CHANNELS = 2048  # of a position, which is not split
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # 128 threads; a product and a sum as one
+VALUES_AT_ONCE = {"norm": 2048, "pool": 1024}  # of a block
 MOST_VALUES = 2**31 - 2**16  # places are 32-bit numbers, and a block may reach beyond the last
 
 # ---------------------------------------------------------------------------------------------
@@ -39,7 +41,7 @@ def _launch(kernel, positions: int, channels: int, values_at_once: int, *argumen
     if blocks:
         # Triton takes the current GPU, whatever the tensors' is.
         with torch.cuda.device_of(arguments[0]):
-            kernel[(blocks,)](*arguments, positions, channels, height, width, num_warps=4)
+            kernel[(blocks,)](*arguments, positions, channels, height, width, **OPTIONS)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -59,7 +61,9 @@ def can_run(device: torch.device, dtype: torch.dtype) -> bool:
         raise
     except Exception as error:  # Triton's are of many kinds
         reason = str(error).partition("\n")[0]
-        warnings.warn(f"no Triton here ({reason}): LRN and pooling will be slower", stacklevel=2)
+        warnings.warn(
+            f"no Triton here ({reason}): LRN, pooling and resampling are slower", stacklevel=2
+        )
         return False
     return True
 
@@ -150,7 +154,7 @@ def _local_response_norm_gradient(
 
 def _launch_over_groups(kernel, groups: int, a: Tensor, *arguments) -> None:
     channels = a.shape[1] // groups  # in memory another group is another position
-    _launch(kernel, a.numel() // channels, channels, 2048, a, *arguments)
+    _launch(kernel, a.numel() // channels, channels, VALUES_AT_ONCE["norm"], a, *arguments)
 
 
 def _window(size: int) -> tuple[int, int]:
@@ -252,17 +256,23 @@ def max_pool(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     out, winner = _pooled(x, size)
     n, channels, *out_size = out.shape
     arguments = x, out, winner, *x.shape[2:], *out_size, size
-    _launch(_pool, n * math.prod(out_size), channels, 1024, *arguments)
+    _launch(_pool, n * math.prod(out_size), channels, VALUES_AT_ONCE["pool"], *arguments)
     return out, winner
 
 
 @torch.library.custom_op("alexnet::max_pool_gradient", mutates_args=())
 def _max_pool_gradient(grad: Tensor, winner: Tensor, height: int, width: int, size: int) -> Tensor:
-    grad = _channels_last(grad)
+    grad, winner = _channels_last(grad), _channels_last(winner)
     n, channels, *out_size = grad.shape
     out = _empty(grad, height, width)
     arguments = grad, winner, out, height, width, *out_size, size
-    _launch(_unpool, n * ((height + 1) // 2) * ((width + 1) // 2), channels, 1024, *arguments)
+    _launch(
+        _unpool,
+        n * ((height + 1) // 2) * ((width + 1) // 2),
+        channels,
+        VALUES_AT_ONCE["pool"],
+        *arguments,
+    )
     return out
 
 
@@ -353,5 +363,5 @@ def resample(images: Tensor, maps: Tensor, size: int) -> Tensor:
     out = images.new_empty(*images.shape[:2], size, size)
     blocks = len(images), triton.cdiv(size * size, 1024)
     with torch.cuda.device_of(images):
-        _resample[blocks](images, maps, out, *images.shape[1:], size, 1024, num_warps=4)
+        _resample[blocks](images, maps, out, *images.shape[1:], size, 1024, **OPTIONS)
     return out

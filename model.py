@@ -411,7 +411,9 @@ def _power(d: Tensor, exponent: float) -> Tensor:
 
 def kernels_for(x: Tensor):
     """The module gpu_kernels if it can work with values of this type where they are, else None."""
-    if gpu_kernels is None or not _is_on_nvidia_gpu(x) or x.dtype == torch.float64:
+    if gpu_kernels is None or not _is_on_nvidia_gpu(x):
+        return None
+    if not x.is_floating_point() or x.dtype == torch.float64:
         return None
     # What compiles the network for a GPU needs what the kernels need.
     if torch.compiler.is_dynamo_compiling() or gpu_kernels.can_run(x.device, x.dtype):

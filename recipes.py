@@ -51,7 +51,7 @@ ORIGINAL = {
     "groups": 1,
 }
 MODERN = {**ORIGINAL}  # today's habits; what a search finds to be better goes in here
-CIFAR10 = {"epochs": 200, "batch_size": 256, "mix": "cutmix"}  # of the best run (docs/accuracy.md)
+CIFAR10 = {"epochs": 200, "batch_size": 256, "mix": "cutmix"}  # of the best run, with SGD
 PAPER = {  # 2012
     **ORIGINAL,
     "init": "2012",  # 2012 source: layers/layers-145.cfg, layers-166.cfg

@@ -468,7 +468,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     # Dropout depends on seed, step and process, so that a resumed run draws what it would have.
     seed_device(run.device, mix_seeds(run.config["seed"], global_step, run.processes.rank))
     if run.config["precision"] == "bf16":
-        images = images.bfloat16()  # as conv1 would; there is less to mix and to copy
+        images = images.bfloat16()  # as conv1 takes them: less to mix and to copy
     if run.mix and len(labels) > 1:
         images, targets = run.mix(images, labels)
         images = in_fast_layout(images)

@@ -169,7 +169,7 @@ def test_differences_are_paired_by_seed(ideas, name, sign):
 )
 def test_each_switch_changes_a_setting_of_the_base(recipe, switch):
     base = recipes.new_config({"recipe": recipe})
-    settings = {option: value for option, value in switch.settings.items() if option != "lr_times"}
+    settings = {name: value for name, value in switch.settings.items() if "_times" not in name}
     assert all(base[option] != value for option, value in settings.items())
     options = recipes.make_parser().parse_args(recipes.as_command_line(settings))
     recipes.new_config(vars(options))
@@ -180,9 +180,11 @@ def test_rates_are_multiples_of_the_recipes():
     args.epochs, args.train_images, args.compile = 1, None, True
     assert ablate.run_settings(args, "base", 0)["compile"]
     rates = {name: ablate.run_settings(args, name, 0).get("lr") for name in ablate.WITH}
-    assert rates["half-rate"] == rates["batch-128"] == recipes.new_config({})["lr"] / 2
+    assert rates["half-rate"] == rates["half-batch"] == recipes.new_config({})["lr"] / 2
     assert rates["double-rate"] == recipes.new_config({})["lr"] * 2
     assert rates["mixup"] is None
+    half = ablate.run_settings(args, "half-batch", 0)["batch_size"]
+    assert half == recipes.new_config({})["batch_size"] / 2
     assert [ablate.run_settings(args, "base", seed)["seed"] for seed in range(3)] == [0, 1, 2]
 
 

@@ -251,6 +251,15 @@ def test_share_of_a_mixed_image_is_uniform(name):
     assert np.mean(smaller) == pytest.approx(0.25, abs=0.04)
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_images_are_mixed_in_the_networks_precision(name, dtype):
+    seen = []
+    run = bare_run(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)), precision=name)
+    run.mix = lambda images, labels: (seen.append(images.dtype) or images, F.one_hot(labels, 3) / 1)
+    train.train_step(run, torch.ones(6, 1, 2, 2), torch.arange(6) % 3)
+    assert seen == [dtype]
+
+
 def test_dropout_is_drawn_anew_for_each_seed_epoch_step_and_process():
     masks = set()
     layers = (torch.nn.Linear(4, 50), torch.nn.Dropout(), torch.nn.Linear(50, 3))
