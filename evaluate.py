@@ -281,9 +281,12 @@ def draw_neighbours(
     theirs = predict_features(network, train, preprocessing, precision)
     ours = predict_features(network, queries.images, preprocessing, precision)
     nearest = torch.cdist(ours, theirs).topk(NEIGHBOURS, largest=False).indices
-    captions = [dataset.classes[label] for label in queries.labels.tolist()]
+    names = [dataset.classes[label] for label in dataset.train.labels.tolist()]
     return figures.neighbours(
-        list(queries.images.cpu()), [list(train[row].cpu()) for row in nearest], captions
+        list(queries.images.cpu()),
+        [list(train[row].cpu()) for row in nearest],
+        [dataset.classes[label] for label in queries.labels.tolist()],
+        [[names[place] for place in row] for row in nearest.tolist()],
     )
 
 

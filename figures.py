@@ -176,7 +176,7 @@ def training_errors(curves: dict[str, list[list[float]]], title: str) -> Figure:
 def speed(rows: list[dict], title: str) -> Figure:
     """How many times as fast as the textbook script, at the largest batch size measured.
 
-    Bars begin at 1, on a logarithmic axis.
+    Bars begin at 1, on a logarithmic axis; the compiled network has bars of its own.
 
     Args:
         rows: what benchmark.py measured: part, name, side, precision, batch_size,
@@ -188,7 +188,7 @@ def speed(rows: list[dict], title: str) -> Figure:
     textbook = {
         row["part"]: row["images_per_second"][0] for row in rows if row["side"] == "textbook"
     }
-    ours = [row for row in rows if row["side"] == "here"]
+    ours = [row for row in rows if row["side"] != "textbook"]
     figure = Figure(figsize=(9, 1.4 + 0.42 * len(ours)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(ours):
@@ -205,11 +205,7 @@ def speed(rows: list[dict], title: str) -> Figure:
             va="center",
             fontsize=9,
         )
-    names = [
-        row["name"] if "pipe" in row["part"] else f"{row['name']}, {row['precision']}"
-        for row in ours
-    ]
-    axes.set_yticks(range(len(ours)), names)
+    axes.set_yticks(range(len(ours)), map(speed_name, ours))
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
@@ -219,13 +215,23 @@ def speed(rows: list[dict], title: str) -> Figure:
     slowest = min(row["times_the_textbook"][1] for row in ours)
     fastest = max(row["times_the_textbook"][2] for row in ours)
     axes.set_xlim(min(0.95, 0.9 * slowest), 4 * max(1, fastest))
-    axes.set_xlabel("times as fast as the textbook script (whiskers: slowest and fastest turn)")
+    axes.set_xlabel(
+        "times as fast as the textbook script, logarithmic (whiskers: slowest and fastest turn)"
+    )
     colours = {row["precision"]: BLUE if row["precision"] == "fp32" else ORANGE for row in ours}
     meaning = [Patch(color=colour, label=name) for name, colour in colours.items()]
     axes.legend(handles=meaning, loc="lower right", fontsize=9)
     heading = f"Speed relative to the textbook script in float32\nBatch {batch_size}, {title}"
     figure.suptitle(heading, fontsize=10)
     return figure
+
+
+def speed_name(row: dict) -> str:
+    """What a bar of speed() is of; the data pipeline has no precision."""
+    if "pipe" in row["part"]:
+        return row["name"]
+    compiled = ", compiled" if row["side"] == "compiled" else ""
+    return f"{row['name']}, {row['precision']}{compiled}"
 
 
 def growth(rows: list[dict], title: str) -> Figure:
@@ -317,20 +323,27 @@ def filters(weights: np.ndarray) -> Figure:
     return figure
 
 
-def neighbours(queries: list, nearest: list[list], captions: list[str]) -> Figure:
+def neighbours(
+    queries: list, nearest: list[list], captions: list[str], nearest_captions: list[list[str]]
+) -> Figure:
     """Fig. 4 right of the paper: in each row an image and those whose features are nearest to it.
 
     Args:
         queries: uint8 [3, H, W] each.
         nearest: for each the same number of images, the nearest first.
         captions: for each query its class.
+        nearest_captions: the classes of the nearest; orange where they are not the query's.
     """
     rows, columns = len(queries), 1 + len(nearest[0])
-    figure = Figure(figsize=(1.15 * columns + 1.2, 1.2 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(1.15 * columns + 1.2, 1.4 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, subplot_kw=NO_TICKS)
-    for axes, query, others, caption in zip(grid, queries, nearest, captions, strict=True):
+    every_row = zip(grid, queries, nearest, captions, nearest_captions, strict=True)
+    for axes, query, others, caption, other_captions in every_row:
         for place, picture in zip(axes, (query, *others), strict=True):
             place.imshow(np.asarray(picture).transpose(1, 2, 0), interpolation="nearest")
+        for place, other_caption in zip(axes[1:], other_captions, strict=True):
+            colour = "black" if other_caption == caption else ORANGE
+            place.set_xlabel(other_caption, fontsize=9, color=colour)
         axes[0].set_ylabel(caption, rotation=0, ha="right", va="center")
         for side in axes[0].spines.values():
             side.set(color=ORANGE, linewidth=2.5)

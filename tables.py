@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.S)
 NOT_COMPARED = ("data_dir", "device", "save_every", "seed", "tensorboard")
+RESULT_COLUMNS = ("command", "seeds", "validation", "test", "ten views", "calibration error")
+RESULT_COLUMNS += ("test loss", "training", "hardware")
 
 
 def markdown(header: list[str], rows: Iterable[Iterable[str]]) -> str:
@@ -115,8 +117,11 @@ def best_validation(run: dict) -> float | None:
     return max(accuracies, default=None)
 
 
-def results_table() -> str:
-    """A row for each experiment on CIFAR-10 that was evaluated on the test split."""
+def results_table(left_out: Iterable[str] = ()) -> str:
+    """A row for each experiment on CIFAR-10 that was evaluated on the test split.
+
+    Without the columns that are left out, by their names in the table's head.
+    """
     groups = by_experiment([run for run in read_runs(RESULTS) if run["test"]])
     groups.sort(key=lambda group: -statistics.mean(run["test"]["accuracy"] for run in group))
     rows = []
@@ -125,21 +130,20 @@ def results_table() -> str:
         validation = [best_validation(run) for run in group]
         errors = [test["calibration_error"] for test in tests if "calibration_error" in test]
         rows.append(
-            [
-                f"`{group[0]['command']}`",
-                ", ".join(map(seed_link, group)),
-                percent(validation) if None not in validation else "",
-                percent([test["accuracy"] for test in tests], tests[0]["interval_95"]),
-                ten_views(tests),
-                percent(errors) if errors else "",
-                several([test["loss"] for test in tests], 3),
-                f"{group[0]['settings']['epochs']} epochs, {minutes_of(group)}",
-                group[0]["device"],
-            ]
+            {
+                "command": f"`{group[0]['command']}`",
+                "seeds": ", ".join(map(seed_link, group)),
+                "validation": percent(validation) if None not in validation else "",
+                "test": percent([test["accuracy"] for test in tests], tests[0]["interval_95"]),
+                "ten views": ten_views(tests),
+                "calibration error": percent(errors) if errors else "",
+                "test loss": several([test["loss"] for test in tests], 3),
+                "training": f"{group[0]['settings']['epochs']} epochs, {minutes_of(group)}",
+                "hardware": group[0]["device"],
+            }
         )
-    header = "command, seeds, validation, test, ten views, calibration error, test loss, training, "
-    header += "hardware"
-    return markdown(header.split(", "), rows)
+    header = [name for name in RESULT_COLUMNS if name not in left_out]
+    return markdown(header, ([row[name] for name in header] for row in rows))
 
 
 def ten_views(tests: list[dict]) -> str:
@@ -168,7 +172,7 @@ def time_table() -> str:
     rows = []
     for run in sorted(runs, key=lambda run: -best_validation(run)):
         minutes = [minutes_until(run, mark) for mark in reached]
-        times = ["" if each is None else f"{each:.3g} min" for each in minutes]
+        times = ["" if each is None else readable_minutes(each) for each in minutes]
         rows.append([with_seed(run), run["device"], *times])
     return markdown(["", "hardware", *(f"{mark:.0%}" for mark in reached)], rows)
 
@@ -177,6 +181,11 @@ def minutes_until(run: dict, mark: float) -> float | None:
     """Minutes of training until the first epoch with a validation accuracy of mark (0..1)."""
     history = read_history(RESULTS / run["folder"])
     return next((row["minutes"] for row in history if row["val_accuracy"] >= mark), None)
+
+
+def readable_minutes(minutes: float) -> str:
+    """For people: few minutes in seconds."""
+    return f"{60 * minutes:.0f} s" if minutes < 2 else f"{minutes:.3g} min"
 
 
 def tried_table() -> str:
@@ -271,6 +280,7 @@ def operations_table() -> str:
 
 TABLES = {
     "results": results_table,
+    "results-short": lambda: results_table(("ten views", "calibration error", "test loss")),
     "time": time_table,
     "tried": tried_table,
     "speed": speed_table,

@@ -209,3 +209,22 @@ def test_side_without_memory_ends_in_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
     assert "batch_size=1000000000" in done.stderr
     assert "allocate memory" in done.stderr
+
+
+def test_share_of_making_a_batch_is_of_the_fastest_step():
+    rates = {
+        ("textbook", "pipeline", "fp32"): 50.0,
+        ("textbook", "step", "fp32"): 900.0,
+        ("here", "pipeline", "fp32"): 1000.0,
+        ("here", "step", "fp32"): 20.0,
+        ("compiled", "step", "bf16"): 80.0,
+        ("here", "step", "bf16"): 40.0,
+    }
+    rows = [
+        {"side": side, "part": part, "precision": precision, "batch_size": 8}
+        | {"images_per_second": [rate, rate / 2, rate * 2]}
+        for (side, part, precision), rate in rates.items()
+    ]
+    rows.append({**rows[2], "batch_size": 4, "images_per_second": [160.0, 160.0, 160.0]})
+    assert benchmark.batch_making_share(rows).endswith(" at 8: data pipeline 8.0%")  # 80 / 1000
+    assert benchmark.batch_making_share(rows[:3]) is None

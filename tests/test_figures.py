@@ -64,7 +64,7 @@ def test_training_errors_draw_every_seed_and_their_mean():
 
 
 def test_speed_compares_with_the_textbook():
-    """Bars are ratios; the text has both rates, of the textbook and not of another side."""
+    """Bars are ratios; the text has both rates, the textbook's first."""
     common = {"part": "step", "name": "training step", "precision": "fp32", "batch_size": 8}
     rows = [
         {**common, "side": "textbook", "images_per_second": [10, 9, 11]},
@@ -75,9 +75,11 @@ def test_speed_compares_with_the_textbook():
     for row in rows:
         row["times_the_textbook"] = [rate / 10 for rate in row["images_per_second"]]
     axes = figures.speed(rows, "a machine").axes[0]
-    assert [bar.get_x() + bar.get_width() for bar in axes.patches] == [3.0]  # from 1
-    assert axes.texts[0].get_text() == "3.0: 10 → 30 images/s"
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["training step, fp32"]
+    assert [bar.get_x() + bar.get_width() for bar in axes.patches] == [3.0, 2.0]  # from 1
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["3.0: 10 → 30 images/s", "2.0: 10 → 20 images/s"]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["training step, fp32", "training step, fp32, compiled"]
 
 
 def test_growth_draws_rate_and_memory_for_each_number_of_processes():
@@ -133,9 +135,14 @@ def test_likeliest_marks_the_right_class():
 
 def test_neighbours_are_beside_their_query():
     pictures = [np.full((3, 4, 4), value, np.uint8) for value in range(6)]
-    figure = figures.neighbours(pictures[:2], [pictures[2:4], pictures[4:]], ["cat", "dog"])
+    theirs = [["cat", "dog"], ["dog", "dog"]]
+    figure = figures.neighbours(pictures[:2], [pictures[2:4], pictures[4:]], ["cat", "dog"], theirs)
     assert [shown(axes)[0, 0, 0] for axes in figure.axes] == [0, 2, 3, 1, 4, 5]
     assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["cat", "dog"]
+    labels = [axes.xaxis.label for axes in figure.axes]
+    assert [label.get_text() for label in labels] == ["", "cat", "dog", "", "dog", "dog"]
+    colours = [labels[place].get_color() for place in (1, 2, 4, 5)]
+    assert [colour == colours[0] for colour in colours] == [True, False, True, True]
 
 
 def test_classes_are_ranked_with_their_intervals():

@@ -170,6 +170,19 @@ def test_seeds_are_averaged(tmp_path, monkeypatch):
     assert header.count("|") == row.count("|")
 
 
+def test_columns_are_left_out_with_their_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    write_run(tmp_path / "run", 0, 0.8)
+    lines = tables.results_table(("ten views", "test loss")).splitlines()
+    assert lines[0] == (
+        "| command | seeds | validation | test | calibration error | training | hardware |"
+    )
+    assert lines[2].endswith(
+        " | 80.0% (70.0% to 90.0%) | 3.0% | 9 epochs, 3 min | a CPU, 2 threads |"
+    )
+    assert len({line.count("|") for line in lines}) == 1
+
+
 def test_two_seeds_are_shown_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for seed, accuracy in enumerate((0.8, 0.82)):
@@ -218,10 +231,10 @@ def test_single_seed_has_its_interval(tmp_path, monkeypatch):
 
 def test_time_until_an_accuracy(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    write_run(tmp_path / "run", 5, 0.8, accuracies=(0.5, 0.61, 0.6, 0.85))
+    write_run(tmp_path / "run", 5, 0.8, accuracies=(0.6, 0.61, 0.71, 0.7, 0.85))  # 90 s each
     header, _, row = tables.time_table().splitlines()
     assert header == "|  | hardware | 60% | 70% | 80% |"
-    assert row == f"| `{COMMAND} --seed 5` | a CPU, 2 threads | 3 min | 6 min | 6 min |"
+    assert row == f"| `{COMMAND} --seed 5` | a CPU, 2 threads | 90 s | 4.5 min | 7.5 min |"
 
 
 def test_search_shows_failures(tmp_path, monkeypatch):
