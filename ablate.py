@@ -361,11 +361,14 @@ def parse_arguments() -> argparse.Namespace:
         known = ", ".join(IDEAS[args.ideas])
         raise UserError(f"--only {unknown.pop()} is none of the ideas: {known}")
     args.recipe = args.recipe or args.ideas
+    configs = {}
     for name in names(args):
         try:
-            recipes.new_config(run_settings(args, name, 0))
+            configs[name] = recipes.new_config(run_settings(args, name, 0))
         except UserError as error:
             raise UserError(f"{name} does not fit: {error}; choose others with --only") from None
+        if name != BASE and configs[name] == configs[BASE]:
+            raise UserError(f"{name} is what the base has; choose others with --only")
     return args
 
 

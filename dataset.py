@@ -291,7 +291,7 @@ def draw_shapes() -> Dataset:
 
 
 def _draw_split(per_class: int, random: np.random.RandomState) -> Split:
-    labels = np.arange(per_class * len(SHAPES)) % len(SHAPES)
+    labels = np.arange(per_class * len(SHAPES), dtype=np.int64) % len(SHAPES)
     n = len(labels)
     ink, paper = _colours(n, random)
     coverage = np.empty((n, 32, 32))

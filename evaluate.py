@@ -276,7 +276,10 @@ def draw_predictions(
 def draw_neighbours(
     network: AlexNet, preprocessing: Preprocessing, precision: str, dataset: Dataset, queries: Split
 ) -> figures.Figure:
-    """The paper's Fig. 4 right: the training images whose features are nearest to the queries'."""
+    """The paper's Fig. 4 right: the images of the training split with features nearest to theirs.
+
+    With --train-images or --train-split full the network was trained on fewer or more.
+    """
     train = dataset.train.images.to(queries.images.device)
     theirs = predict_features(network, train, preprocessing, precision)
     ours = predict_features(network, queries.images, preprocessing, precision)

@@ -348,7 +348,7 @@ def neighbours(
         for side in axes[0].spines.values():
             side.set(color=ORANGE, linewidth=2.5)
     grid[0, 0].set_title("image", fontsize=10)
-    grid[0, 1].set_title("nearest training images", fontsize=10, loc="left")
+    grid[0, 1].set_title("nearest in the training split", fontsize=10, loc="left")
     return figure
 
 

@@ -1,9 +1,9 @@
 """Local response normalisation, max pooling and resampling for NVIDIA GPUs, in Triton.
 
 Activations are [N, C, H, W], channels last. Their kernels work on blocks of positions with all of
-their channels, read their input from memory once and write their output once, as the CUDA kernels
-of 2012 did (cuda-convnet, src/cudaconv2). torch.compile takes these operations as they are; a
-memory format that it promised is made sure of here, because its tracing errs with pixel_unshuffle.
+their channels, so that LRN reads and writes every value once. torch.compile takes these operations
+as they are; a memory format that it promised is made sure of here, because its tracing errs with
+pixel_unshuffle.
 """
 
 import functools
@@ -17,7 +17,7 @@ from torch import Tensor
 
 MOST_CHANNELS = 2048  # of a position, which is not split
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # 128 threads; a product and a sum as one
-VALUES_AT_ONCE = {"norm": 2048, "pool": 1024}  # of a block
+BLOCK_VALUES = {"norm": 2048, "pool": 1024}
 MOST_VALUES = 2**31 - 2**16  # places are 32-bit numbers, and a block may reach beyond the last
 
 # ---------------------------------------------------------------------------------------------
@@ -33,10 +33,10 @@ def _block(positions, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.co
     return position, channel, (position < positions) & (channel < CHANNELS)
 
 
-def _launch(kernel, positions: int, channels: int, values_at_once: int, *arguments) -> None:
+def _launch(kernel, positions: int, channels: int, block_values: int, *arguments) -> None:
     """Runs the kernel over so many positions, in blocks of so many values for 128 threads."""
     width = triton.next_power_of_2(channels)
-    height = max(1, values_at_once // width)
+    height = max(1, block_values // width)
     blocks = triton.cdiv(positions, height)
     if blocks:
         # Triton takes the current GPU, whatever the tensors' is.
@@ -154,7 +154,7 @@ def _local_response_norm_gradient(
 
 def _launch_over_groups(kernel, groups: int, a: Tensor, *arguments) -> None:
     channels = a.shape[1] // groups  # in memory another group is another position
-    _launch(kernel, a.numel() // channels, channels, VALUES_AT_ONCE["norm"], a, *arguments)
+    _launch(kernel, a.numel() // channels, channels, BLOCK_VALUES["norm"], a, *arguments)
 
 
 def _window(size: int) -> tuple[int, int]:
@@ -256,7 +256,7 @@ def max_pool(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     out, winner = _pooled(x, size)
     n, channels, *out_size = out.shape
     arguments = x, out, winner, *x.shape[2:], *out_size, size
-    _launch(_pool, n * math.prod(out_size), channels, VALUES_AT_ONCE["pool"], *arguments)
+    _launch(_pool, n * math.prod(out_size), channels, BLOCK_VALUES["pool"], *arguments)
     return out, winner
 
 
@@ -270,7 +270,7 @@ def _max_pool_gradient(grad: Tensor, winner: Tensor, height: int, width: int, si
         _unpool,
         n * ((height + 1) // 2) * ((width + 1) // 2),
         channels,
-        VALUES_AT_ONCE["pool"],
+        BLOCK_VALUES["pool"],
         *arguments,
     )
     return out

@@ -53,7 +53,7 @@ class AlexNet(nn.Module):
             which gives feature maps of the same sizes, 27, 13 and 6.
 
     Shape: float [N, 3, 227, 227] to logits [N, num_classes]. On an NVIDIA GPU, in channels last and
-    not in float64, it can be differentiated once only.
+    not in float64, it can be differentiated once only, and not by torch.func.
 
     Attributes:
         config: all of these settings; AlexNet(**config) is the same network with new weights.
@@ -273,8 +273,9 @@ class LocalResponseNorm(nn.Module):
     Shape: floating point [N, C, ...] to the same, channels last if the input is, else contiguous.
     The values of torch.nn.LocalResponseNorm, several times faster, with nothing but the input kept
     for the backward pass. On an NVIDIA GPU [N, C, H, W] that is channels last and not in float64 is
-    for gpu_kernels.py, and a second derivative is an error. Computed in float32, or float64 for
-    float64; an input or output in bf16 or fp16 is rounded once, as it is read or written.
+    for gpu_kernels.py, where a second derivative and torch.func.grad are errors. Computed in
+    float32, or float64 for float64; an input or output in bf16 or fp16 is rounded once, as it is
+    read or written.
 
     Raises:
         TypeError: the input is not of a floating point type.
@@ -415,7 +416,7 @@ def kernels_for(x: Tensor):
         return None
     if not x.is_floating_point() or x.dtype == torch.float64:
         return None
-    # What compiles the network for a GPU needs what the kernels need.
+    # torch.compile's usual backend needs on a GPU what the kernels need.
     if torch.compiler.is_dynamo_compiling() or gpu_kernels.can_run(x.device, x.dtype):
         return gpu_kernels
     return None
@@ -438,7 +439,7 @@ def _is_on_nvidia_gpu(x: Tensor) -> bool:
 
 
 def _is_exported() -> bool:
-    """Whether torch.export makes a program of this, which should not need gpu_kernels.py."""
+    """Whether torch.export (not strict) makes a program of this, to need no gpu_kernels.py."""
     # torch 2.11 says that it is exporting whenever Dynamo compiles.
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 

@@ -39,7 +39,7 @@ class Processes:
         self._shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
     def connect(self) -> None:
-        """Waits until all processes are there. They talk by NCCL on GPUs and by gloo on CPUs.
+        """Waits until all processes are there. They talk by NCCL on GPUs, else by gloo.
 
         Raises UserError if restarted processes could wait for ever for those from before, whose
         addresses torchrun keeps in one store for all restarts unless it is told not to.
@@ -50,7 +50,7 @@ class Processes:
                 "environment, and --standalone or --rdzv_backend=c10d"
             )
         if self.count > 1:
-            has_gpus = torch.cuda.is_available()
+            has_gpus = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
             dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo")
 
     def disconnect(self) -> None:

@@ -51,7 +51,7 @@ ORIGINAL = {
     "groups": 1,
 }
 MODERN = {**ORIGINAL}  # today's habits; what a search finds to be better goes in here
-CIFAR10 = {"epochs": 200, "batch_size": 256, "mix": "cutmix"}  # of the best run, with SGD
+ON_CIFAR10 = {"epochs": 200, "batch_size": 256, "mix": "cutmix"}  # of the best run, with SGD
 PAPER = {  # 2012
     **ORIGINAL,
     "init": "2012",  # 2012 source: layers/layers-145.cfg, layers-166.cfg
@@ -67,9 +67,9 @@ PAPER = {  # 2012
     "groups": 1,  # one GPU is enough today; the paper had 2 (§3.2)
 }
 RECIPES = {  # the first row of a recipe and data set has the default optimizer
-    ("modern", "cifar10", "sgd"): {"lr": 0.02, **SGD, **MODERN, **CIFAR10},
-    ("modern", "cifar10", "adam"): {"lr": 2e-4, **ADAM, **MODERN, **CIFAR10},
-    ("modern", "cifar10", "adamw"): {"lr": 2e-4, **ADAMW, **MODERN, **CIFAR10},
+    ("modern", "cifar10", "sgd"): {"lr": 0.02, **SGD, **MODERN, **ON_CIFAR10},
+    ("modern", "cifar10", "adam"): {"lr": 2e-4, **ADAM, **MODERN, **ON_CIFAR10},
+    ("modern", "cifar10", "adamw"): {"lr": 2e-4, **ADAMW, **MODERN, **ON_CIFAR10},
     ("modern", "shapes", "sgd"): {"epochs": 4, "lr": 0.01, **SGD, **MODERN, **SMALL},
     ("modern", "shapes", "adam"): {"epochs": 4, "lr": 1e-4, **ADAM, **MODERN, **SMALL},
     ("modern", "shapes", "adamw"): {"epochs": 4, "lr": 1e-4, **ADAMW, **MODERN, **SMALL},

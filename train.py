@@ -476,7 +476,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     else:
         targets = labels
     # The epoch's last, smaller batch would be compiled anew.
-    network = run.compiled if batch_images == run.config["batch_size"] else run.parallel
+    network = run.compiled if batch_images == images_done(run, 1) else run.parallel
     with autocast(run.device, run.config["precision"]):
         logits = network(images)
         smoothing = run.config["label_smoothing"]
@@ -819,9 +819,10 @@ def summary_writer_class() -> type:
     """TensorBoard's SummaryWriter. Raises UserError if it is not there or does not work."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # slow, and not everyone has it
-    except ImportError as error:
+    except Exception as error:  # a version that does not fit the others fails in many ways
         raise UserError(
-            f"--tensorboard does not work here ({error}); pip install tensorboard, or leave it out"
+            f"--tensorboard does not work here ({first_line(error)}); pip install tensorboard, "
+            "or leave it out"
         ) from None
     return SummaryWriter
 
@@ -863,8 +864,10 @@ def train_and_report(run: Run) -> int:
         run.say(f"resumed after epoch {run.epoch}, step {run.step}")
     try:
         train(run, stop)
-    finally:
-        run.save_best()  # whatever ended the run
+    except Exception:  # a second Ctrl-C, which is none, does not wait for a file
+        with contextlib.suppress(Exception):  # of the two errors the first tells more
+            run.save_best()
+        raise
     if not run.stopped_by:
         print_result(run)
         return 0

@@ -103,26 +103,33 @@ def say(text: str) -> None:
         _drop_output()
 
 
-def _drop_output() -> None:
-    """For when whoever read the output, such as head, has seen enough."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop_output(stream=None) -> None:
+    """For when nobody reads the stream, by default stdout, any more, as head that has enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 class StopRequest:
-    """Turns Ctrl-C, SIGTERM or a closed pipe, as head leaves it, into a request to stop.
+    """Turns Ctrl-C, SIGTERM, a closed terminal or pipe (as head leaves it) into a request to stop.
 
     A second Ctrl-C stops at once. A second SIGTERM does not: a cluster's manager and torchrun may
-    each send one.
+    each send one. Under nohup the terminal may be closed.
     """
 
     def __init__(self):
         self.signal = 0  # its number, once there is one
-        for name in ("SIGINT", "SIGTERM", "SIGPIPE"):
-            if hasattr(signal, name):  # Windows has no SIGPIPE
-                signal.signal(getattr(signal, name), self._request)
+        self._on_terminal = [f for f in (sys.stdout, sys.stderr) if f.isatty()]
+        for name in ("SIGINT", "SIGTERM", "SIGPIPE", "SIGHUP"):
+            if not hasattr(signal, name):  # Windows has but two
+                continue
+            number = getattr(signal, name)
+            if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._request)
 
     def _request(self, number, _frame) -> None:
         self.signal = number
+        if number == getattr(signal, "SIGHUP", None):
+            for stream in self._on_terminal:  # which is gone: writing to it would be an error
+                _drop_output(stream)
         if number == signal.SIGINT and "RANK" not in os.environ:  # torchrun has its own words
             with contextlib.suppress(OSError):  # not print, in the middle of which this may be
                 os.write(2, b"\nstopping after this step; Ctrl-C again: at once, without saving\n")
@@ -350,7 +357,9 @@ def atomic_write(path: Path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError.
+        # torch.save reports a full disk as a RuntimeError; a GPU's errors are of a subclass.
+        if isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError)):
+            raise
         raise UserError(f"cannot write {path}: {first_line(error)}") from None
     finally:
         with contextlib.suppress(OSError):

@@ -175,6 +175,13 @@ def test_each_switch_changes_a_setting_of_the_base(recipe, switch):
     recipes.new_config(vars(options))
 
 
+def test_idea_that_the_base_has_is_refused(ablation, capsys):
+    """The recipe of shapes has no CutMix that could be left out."""
+    assert ablation("--ideas", "modern", "--only", "unmixed") == 2
+    assert "unmixed is what the base has" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_rates_are_multiples_of_the_recipes():
     args = SimpleNamespace(ideas="modern", recipe="modern", dataset="cifar10", data_dir="data")
     args.epochs, args.train_images, args.compile = 1, None, True

@@ -225,7 +225,7 @@ def test_conv1_over_squares_is_the_convolution():
 def test_compiled_network_takes_the_kernels_and_learns_the_same(launched, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if DEVICE == "cpu":  # fewer blocks to interpret
-        monkeypatch.setattr(kernels, "VALUES_AT_ONCE", {"norm": 2**16, "pool": 2**16})
+        monkeypatch.setattr(kernels, "BLOCK_VALUES", {"norm": 2**16, "pool": 2**16})
     network = AlexNet(dropout=0.0).to(DEVICE, memory_format=torch.channels_last)
     image, label = channels_last(1, 3, 227, 227).detach(), torch.tensor([1], device=DEVICE)
 

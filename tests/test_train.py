@@ -121,7 +121,8 @@ def test_step_waits_for_no_value(given, monkeypatch):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_steps_do_not_wait_for_a_gpu(compiled):
     """Not for values, nor for copies. The first four compile, record and fill caches."""
-    given = {"dataset": "shapes", "precision": "bf16", "ema": 0.99, "compile": compiled}
+    given = {"dataset": "shapes", "precision": "bf16", "ema": 0.99, "mix": "cutmix"}
+    given["compile"] = compiled
     config = recipes.new_config(given)
     run = train.Run(Path("run"), config, dataset.draw_shapes(), torch.device("cuda"), Processes())
     arguments = run.train_split, run.preprocessing, run.augmentation, config["batch_size"], 0, 0
@@ -210,6 +211,20 @@ def bare_run(network, **given):
     run.optimizer, run.average = train.make_optimizer(network, config), None
     run.epoch, run.step, run.steps_per_epoch, run.total_steps = 0, 0, 10, 20
     return run
+
+
+@pytest.mark.parametrize(("images", "taken"), [(12, [True, True]), (9, [True, False]), (4, [True])])
+def test_compiled_network_takes_all_but_a_smaller_last_batch(images, taken):
+    """Batches have six images, or all that there are."""
+    run = bare_run(torch.nn.Linear(2, 3))
+    run.train_split = SimpleNamespace(labels=range(images))
+    seen = []
+    run.compiled = lambda x: seen.append(True) or run.network(x)
+    run.parallel = lambda x: seen.append(False) or run.network(x)
+    for run.step, start in enumerate(range(0, images, 6)):
+        count = min(6, images - start)
+        train.train_step(run, torch.ones(count, 2), torch.zeros(count, dtype=torch.int64))
+    assert seen == taken
 
 
 def test_loss_of_smoothed_and_mixed_labels():
@@ -754,6 +769,40 @@ def test_closed_pipe_stops_the_run_and_saves_it(tmp_path):
     assert (last["epoch"], last["progress"]["step"]) > (0, 0)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows knows no SIGHUP")
+@pytest.mark.parametrize("nohup", [False, True])
+def test_closed_terminal_stops_the_run_and_saves_it(tmp_path, nohup):
+    """It takes the output with it, and whatever writes there would fail. Not so under nohup."""
+    import fcntl
+    import pty
+    import termios
+
+    def begin_on_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+
+    epochs = 3 if nohup else 1000
+    options = f"--dataset shapes --batch-size 8 --epochs {epochs} --output-dir run".split()
+    command = [sys.executable, str(ROOT / "tests" / "tiny_train.py"), *options]
+    ours, theirs = pty.openpty()
+    with open(tmp_path / "nohup.out", "w") as file:
+        output = file if nohup else theirs
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdin=theirs, stdout=output, stderr=output,
+            start_new_session=True, preexec_fn=begin_on_terminal,
+        )  # fmt: skip
+    os.close(theirs)
+    printed = b""
+    while not nohup and b"the run's folder is run" not in printed:
+        printed += os.read(ours, 4096)
+    os.close(ours)
+    assert process.wait(600) == (0 if nohup else 128 + signal.SIGHUP)
+    last = torch.load(tmp_path / "run" / "last.pt")
+    assert (last["epoch"] == epochs) == nohup
+    if nohup:
+        assert "finished 3 epochs" in (tmp_path / "nohup.out").read_text()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
 def test_output_to_a_full_disk_is_one_line(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -825,6 +874,31 @@ def test_nan_stops_the_run_and_keeps_the_best(tiny, monkeypatch, capsys):
     kept = torch.load("run/best.pt")
     assert kept["epoch"] == 1
     assert all(weight.isfinite().all() for weight in kept["weights"].values())
+
+
+def test_first_of_two_errors_is_told(tiny, monkeypatch, capsys):
+    """Of the second, in keeping the best network, the user could not see what went wrong."""
+
+    def no_room(run):
+        raise UserError("there is no room")
+
+    monkeypatch.setattr(train.Run, "save_best", no_room)
+    monkeypatch.setattr(train, "learning_rate", lambda *_: 1e30)
+    assert tiny("--epochs", 1) == 2
+    assert "the loss became nan" in capsys.readouterr().err
+
+
+def test_second_ctrl_c_writes_nothing_more(tiny, monkeypatch):
+    step = train.train_step
+
+    def interrupted_in_second_epoch(run, images, labels):
+        if run.epoch == 1:
+            raise KeyboardInterrupt
+        return step(run, images, labels)
+
+    monkeypatch.setattr(train, "train_step", interrupted_in_second_epoch)
+    assert tiny("--epochs", 2, "--output-dir", "run") == 128 + signal.SIGINT
+    assert not list(Path("run").glob("*.pt"))
 
 
 def test_weights_gone_wrong_are_not_saved(tiny, monkeypatch, capsys):

@@ -43,6 +43,18 @@ def test_failed_write_leaves_the_file_as_it_was(tmp_path, error):
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("kind", [torch.AcceleratorError, torch.OutOfMemoryError])
+def test_error_of_a_gpu_is_not_told_as_one_of_the_file(tmp_path, kind):
+    def write_half():
+        with atomic_write(tmp_path / "file") as temporary:
+            temporary.write_text("ne")
+            raise kind("CUDA error")
+
+    with pytest.raises(kind):
+        write_half()
+    assert os.listdir(tmp_path) == []
+
+
 def test_written_files_have_the_usual_permissions(tmp_path):
     plain = tmp_path / "plain"
     plain.write_text("")
