@@ -101,6 +101,7 @@ WITH = {
     "unmixed": Switch({"mix": "none"}, "no CutMix", "Yun et al. 2019, 1905.04899"),
     "affine": Switch({"augmentation": "affine"}, "turn and zoom", ""),
     "cutout": Switch({"augmentation": "cutout"}, "cutout", "DeVries and Taylor 2017, 1708.04552"),
+    "jitter": Switch({"augmentation": "jitter"}, "brightness, contrast,\nsaturation", ""),
     "strong": Switch({"augmentation": "strong"}, "turn, zoom, cutout,\ncolour noise", ""),
     "growing": Switch(
         {"augmentation": "strong", "augmentation_ramp": 0.5},

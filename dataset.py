@@ -330,11 +330,13 @@ def _coverage(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------
 
 
+GREY = (0.2989, 0.587, 0.114)  # shares of red, green and blue, as torchvision has them
 COLOUR_NOISE = 0.1  # deviation of the factors alpha (paper §4.1; 2012 source: color_noise_coeff)
 AUGMENTATIONS = {  # what they change of the defaults of Augmentation
     "shift": {},
     "affine": {"rotation": 15.0, "zoom": 1.2},
     "cutout": {"cutout": 12},
+    "jitter": {"jitter": 0.4},
     "strong": {"rotation": 15.0, "zoom": 1.2, "cutout": 12},
     "paper": {"crop": True, "divisor": 1 + COLOUR_NOISE},
     "none": {"flip": False, "shift": 0.0},
@@ -351,6 +353,7 @@ class Augmentation:
     zoom: enlarge or reduce it by up to this factor, at least 1.
     cutout: hide a square of so many of its pixels a side, centred anywhere, by the mean colour
         (DeVries and Taylor 2017, arXiv 1708.04552, who hide 16x16 pixels of CIFAR-10's).
+    jitter: multiply brightness, contrast and saturation by up to 1 + jitter, at least 1 - jitter.
     crop: cut a 227x227 window out of the image enlarged to 256x256, instead of a shift.
     colours: [3, 3], the principal components that colour noise is made of, or None for no noise.
     divisor: of the image without its mean and with its noise, which the 2012 source divides by
@@ -362,6 +365,7 @@ class Augmentation:
     rotation: float = 0.0
     zoom: float = 1.0
     cutout: int = 0
+    jitter: float = 0.0
     crop: bool = False
     colours: Tensor | None = None
     divisor: float = 1.0
@@ -376,7 +380,7 @@ class Augmentation:
         return cls(**AUGMENTATIONS[name], colours=colours)
 
     def at(self, strength: float) -> "Augmentation":
-        """This one with turns, zooms, squares and colour noise at a share of their size, 0..1.
+        """This one with turns, zooms, squares and colours changed by a share of their size, 0..1.
 
         Mirror images, shifts and crops stay as they are.
         """
@@ -385,6 +389,7 @@ class Augmentation:
             rotation=self.rotation * strength,
             zoom=self.zoom**strength,
             cutout=round(self.cutout * strength),
+            jitter=self.jitter * strength,
             colours=None if self.colours is None else self.colours * strength,
             divisor=1 + (self.divisor - 1) * strength,
         )
@@ -426,10 +431,10 @@ def resample(
     hidden: Tensor | None = None,
     divisor: float = 1.0,
 ) -> Tensor:
-    """Normalises uint8 images and resamples each through its own affine map.
+    """Normalises images and resamples each through its own affine map.
 
     Args:
-        images: uint8 [N, 3, H, W].
+        images: uint8 or float [N, 3, H, W], in 0..255.
         maps: float [N, 2, 3], from the output's coordinates (-1..1 from edge to edge) to the
             image's, as torch.nn.functional.affine_grid takes them. Beyond its edges an image is
             continued by reflection.
@@ -562,6 +567,24 @@ def random_colours(colours: Tensor, n: int, generator: torch.Generator) -> Tenso
     return torch.randn(n, 3, generator=generator) @ colours.T * COLOUR_NOISE
 
 
+def random_jitter(n: int, jitter: float, generator: torch.Generator) -> Tensor:
+    """[n, 3], factors of an image's brightness, contrast and saturation, on the CPU."""
+    return 1 + jitter * (2 * torch.rand(n, 3, generator=generator) - 1)
+
+
+def jittered(images: Tensor, factors: Tensor) -> Tensor:
+    """Images, uint8 [N, 3, H, W], with saturation, contrast and brightness times factors, [N, 3].
+
+    As torchvision's v2.ColorJitter, which has the same factors for a whole batch. Returns float,
+    not cut off at 0 and 255.
+    """
+    brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
+    grey = (images * _per_channel(GREY, images.device)).sum(1, keepdim=True)
+    mean = grey.mean((2, 3), keepdim=True)
+    saturated = grey + saturation * (images - grey)
+    return brightness * (mean + contrast * (saturated - mean))
+
+
 def training_batches(
     split: Split,
     preprocessing: Preprocessing,
@@ -587,12 +610,16 @@ def training_batches(
         noise = random_colours(augmentation.colours, n, generator).to(device)
     side, size = augmentation.cutout, split.images.shape[-1]
     squares = random_squares(n, side, size, generator).to(device) if side else None
+    factors = random_jitter(n, augmentation.jitter, generator) if augmentation.jitter else None
+    factors = None if factors is None else factors.to(device)
     for start in range(first_step * batch_size, n, batch_size):
         batch = slice(start, start + batch_size)
         index = order[batch][share]
         batch_noise = None if noise is None else noise[batch][share]
         hidden = None if squares is None else inside_squares(squares[batch][share], side, size)
         small, divisor = split.images[index], augmentation.divisor
+        if factors is not None:
+            small = jittered(small, factors[batch][share])
         yield (
             resample(small, maps[batch][share], preprocessing, batch_noise, hidden, divisor),
             split.labels[index],

@@ -267,7 +267,7 @@ def check_config(config: dict) -> None:
     if config.get("nesterov") and not config["momentum"]:
         raise UserError("--nesterov needs a --momentum above 0")
     if config["augmentation_ramp"] and config["augmentation"] in ("shift", "none"):
-        raise UserError("--augmentation-ramp is for --augmentation affine, cutout, strong or paper")
+        raise UserError("--augmentation-ramp is not for --augmentation shift or none")
 
 
 def run_name(config: dict) -> str:

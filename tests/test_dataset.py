@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from conftest import identity_maps
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import calculate_md5
+from torchvision.transforms import v2
 
 import dataset
 from dataset import (
@@ -26,11 +27,13 @@ from dataset import (
     data_dir_of,
     draw_shapes,
     inside_squares,
+    jittered,
     load_cifar10,
     load_dataset,
     plain_batches,
     principal_components,
     random_colours,
+    random_jitter,
     random_maps,
     random_squares,
     resample,
@@ -270,6 +273,35 @@ def test_squares_are_an_images_own(shapes):
     assert len({picture.numpy().tobytes() for picture in black}) > 55  # of 64; some meet
 
 
+def test_jitter_is_torchvisions_with_factors_for_each_image():
+    """Of colours that no factor takes beyond 0..255, where torchvision's would be cut off."""
+    images = torch.randint(90, 160, (40, 3, 8, 8), dtype=torch.uint8)
+    factors = random_jitter(40, 0.4, torch.Generator().manual_seed(0))
+    assert factors.min() >= 0.6
+    assert factors.max() <= 1.4
+    assert (factors.amax(0) - factors.amin(0)).min() > 0.7
+    for image, ours, three in zip(images, jittered(images, factors), factors.tolist(), strict=True):
+        expected = image.double() / 255
+        expected = v2.functional.adjust_saturation(expected, three[2])
+        expected = v2.functional.adjust_contrast(expected, three[1])
+        expected = v2.functional.adjust_brightness(expected, three[0])
+        torch.testing.assert_close(ours.double(), 255 * expected, rtol=0, atol=0.05)
+
+
+def test_jitter_is_an_images_own_and_moves_nothing(shapes):
+    """The other random numbers of an epoch stay what they are."""
+    still = Preprocessing([0.0] * 3, [1.0] * 3, size=32)
+    grey = Split(torch.full((64, 3, 32, 32), 100, dtype=torch.uint8), torch.arange(64))
+    augmentation = Augmentation(jitter=0.4)
+    [(images, labels)] = training_batches(grey, still, augmentation, 64, 0, 0)
+    levels = images.mean((1, 2, 3))
+    torch.testing.assert_close(images, levels[:, None, None, None].expand_as(images))
+    assert 60 <= levels.min() < 65  # brightness alone changes a plain grey
+    assert 135 < levels.max() <= 140
+    [(_, before)] = training_batches(grey, still, Augmentation(), 64, 0, 0)
+    assert torch.equal(labels, before)
+
+
 # --- The paper's crops, views and colour noise (§4.1) -------------------------------------------
 
 
@@ -378,6 +410,7 @@ def test_augmentation_by_name(shapes):
     assert torch.equal(strong.colours, principal_components(images))
     assert Augmentation.of("affine", images) == Augmentation(rotation=15, zoom=1.2)
     assert Augmentation.of("cutout", images) == Augmentation(cutout=12)
+    assert Augmentation.of("jitter", images) == Augmentation(jitter=0.4)
 
 
 def test_augmentation_grows(shapes):

@@ -137,7 +137,7 @@ BAD_COMMANDS = [
     ("--recipe paper --train-split full", "--schedule plateau watches the validation images"),
     ("--nesterov --momentum 0", "--nesterov needs a --momentum"),
     ("--nesterov --optimizer adamw", "--nesterov is for --optimizer sgd"),
-    ("--augmentation-ramp 0.5", "--augmentation-ramp is for --augmentation affine"),
+    ("--augmentation-ramp 0.5", "--augmentation-ramp is not for --augmentation shift or none"),
     ("--mix all", "all"),
     ("--mix cutmix --batch-size 1", "--mix cutmix needs at least two images"),
     ("--recipe paper --warm-up 0.3", "--warm-up is for --schedule cosine"),

@@ -88,7 +88,7 @@ def test_plateau_divides_the_rate_by_ten(accuracies, divisions):
 @pytest.mark.parametrize(
     "given",
     [
-        {"optimizer": "sgd"},
+        {"optimizer": "sgd", "augmentation": "jitter"},
         {"optimizer": "adamw", "ema": 0.99, "mix": "cutmix", "label_smoothing": 0.1},
         {"optimizer": "adam", "mix": "mixup", "augmentation": "strong"},
         {"recipe": "paper"},
