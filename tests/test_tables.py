@@ -13,6 +13,7 @@ from recipes import make_parser, new_config, recorded_config
 from train import learning_rate, plateau_rate
 from utils import run_script
 
+PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EVALUATED = sorted(path.parent for path in (ROOT / "results").glob("*/test.json"))
 TRAINED = sorted(path.parent for path in (ROOT / "results").glob("*/metrics.csv"))
 # Of write_run's runs.
@@ -58,10 +59,9 @@ def write_run(folder, seed, test_accuracy, accuracies=(0.5, 0.75)):
 
 
 def test_pages_agree_with_the_results():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    marked = {name for page in pages for _, name, _ in tables.MARKED.findall(page.read_text())}
+    marked = {name for page in PAGES for _, name, _ in tables.MARKED.findall(page.read_text())}
     assert marked == tables.TABLES.keys()
-    for page in pages:
+    for page in PAGES:
         assert tables.fill(page) == page.read_text(), f"{page}: run python tables.py"
 
 
@@ -118,11 +118,27 @@ def test_command_of_a_recipe_that_has_changed_says_what_it_was(monkeypatch):
     }
 
 
-def test_links_lead_to_the_results():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-            if not link.startswith("http"):
-                assert (page.parent / link).exists(), f"{page}: {link}"
+def anchors(page):
+    """What the page's headings are called in links, as GitHub does it."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+            if not target.startswith("http"):
+                place = page.parent / target if target else page
+                assert place.exists(), f"{page}: {target}"
+                place = place / "README.md" if place.is_dir() else place
+                assert not anchor or anchor in anchors(place), f"{page}: {target}#{anchor}"
+
+
+def test_tests_that_the_pages_name_are_there():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+)`", page.read_text()):
+            assert f"def {name}(" in tests, f"{page}: {name}"
 
 
 def test_run_on_all_images_has_no_validation(tmp_path, monkeypatch):
