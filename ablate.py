@@ -362,14 +362,17 @@ def parse_arguments() -> argparse.Namespace:
         known = ", ".join(IDEAS[args.ideas])
         raise UserError(f"--only {unknown.pop()} is none of the ideas: {known}")
     args.recipe = args.recipe or args.ideas
-    configs = {}
+    configs, same = {}, []
     for name in names(args):
         try:
             configs[name] = recipes.new_config(run_settings(args, name, 0))
         except UserError as error:
             raise UserError(f"{name} does not fit: {error}; choose others with --only") from None
         if name != BASE and configs[name] == configs[BASE]:
-            raise UserError(f"{name} is what the base has; choose others with --only")
+            same.append(name)
+    if same and args.only:
+        raise UserError(f"{same[0]} is what the base has; choose others with --only")
+    args.only = [name for name in configs if name not in (BASE, *same)]
     return args
 
 

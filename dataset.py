@@ -434,7 +434,7 @@ def resample(
     """Normalises images and resamples each through its own affine map.
 
     Args:
-        images: uint8 or float [N, 3, H, W], in 0..255.
+        images: uint8 or float [N, 3, H, W], on the scale of 0..255.
         maps: float [N, 2, 3], from the output's coordinates (-1..1 from edge to edge) to the
             image's, as torch.nn.functional.affine_grid takes them. Beyond its edges an image is
             continued by reflection.

@@ -865,8 +865,10 @@ def train_and_report(run: Run) -> int:
     try:
         train(run, stop)
     except Exception:  # a second Ctrl-C, which is none, does not wait for a file
-        with contextlib.suppress(Exception):  # of the two errors the first tells more
+        try:
             run.save_best()
+        except Exception as error:  # of the two errors the first tells more
+            print(f"best.pt was not kept: {first_line(error)}", file=sys.stderr)
         raise
     if not run.stopped_by:
         print_result(run)

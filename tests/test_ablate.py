@@ -175,11 +175,17 @@ def test_each_switch_changes_a_setting_of_the_base(recipe, switch):
     recipes.new_config(vars(options))
 
 
-def test_idea_that_the_base_has_is_refused(ablation, capsys):
+def test_idea_that_the_base_has_is_not_tried(ablation, monkeypatch, capsys):
     """The recipe of shapes has no CutMix that could be left out."""
     assert ablation("--ideas", "modern", "--only", "unmixed") == 2
     assert "unmixed is what the base has" in capsys.readouterr().err
     assert not Path("out").exists()
+    monkeypatch.setattr(ablate, "train_run", lambda *_: None)
+    assert ablation("--ideas", "modern", "--seeds", 1) == 0
+    told = capsys.readouterr().out
+    assert f"run 1 of {len(ablate.WITH)}: base" in told  # one idea less, and the base
+    assert "mixup, seed 0" in told
+    assert "unmixed" not in told
 
 
 def test_rates_are_multiples_of_the_recipes():

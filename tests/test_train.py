@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -781,7 +782,7 @@ def test_closed_terminal_stops_the_run_and_saves_it(tmp_path, nohup):
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
 
-    epochs = 3 if nohup else 1000
+    epochs = 8 if nohup else 1000
     options = f"--dataset shapes --batch-size 8 --epochs {epochs} --output-dir run".split()
     command = [sys.executable, str(ROOT / "tests" / "tiny_train.py"), *options]
     ours, theirs = pty.openpty()
@@ -793,14 +794,16 @@ def test_closed_terminal_stops_the_run_and_saves_it(tmp_path, nohup):
         )  # fmt: skip
     os.close(theirs)
     printed = b""
-    while not nohup and b"the run's folder is run" not in printed:
-        printed += os.read(ours, 4096)
+    while b"the run's folder is run" not in printed:
+        printed = (tmp_path / "nohup.out").read_bytes() if nohup else printed + os.read(ours, 4096)
+        time.sleep(0.02)
+    assert process.poll() is None
     os.close(ours)
     assert process.wait(600) == (0 if nohup else 128 + signal.SIGHUP)
     last = torch.load(tmp_path / "run" / "last.pt")
     assert (last["epoch"] == epochs) == nohup
     if nohup:
-        assert "finished 3 epochs" in (tmp_path / "nohup.out").read_text()
+        assert "finished 8 epochs" in (tmp_path / "nohup.out").read_text()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
@@ -877,15 +880,17 @@ def test_nan_stops_the_run_and_keeps_the_best(tiny, monkeypatch, capsys):
 
 
 def test_first_of_two_errors_is_told(tiny, monkeypatch, capsys):
-    """Of the second, in keeping the best network, the user could not see what went wrong."""
+    """From the second, in keeping the best network, the user could not see what went wrong."""
 
     def no_room(run):
         raise UserError("there is no room")
 
     monkeypatch.setattr(train.Run, "save_best", no_room)
-    monkeypatch.setattr(train, "learning_rate", lambda *_: 1e30)
-    assert tiny("--epochs", 1) == 2
-    assert "the loss became nan" in capsys.readouterr().err
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e30 if step >= 6 else 1e-3)
+    assert tiny("--epochs", 2) == 2
+    second, first = capsys.readouterr().err.splitlines()
+    assert second == "best.pt was not kept: there is no room"
+    assert "the loss became nan" in first
 
 
 def test_second_ctrl_c_writes_nothing_more(tiny, monkeypatch):
