@@ -610,8 +610,8 @@ def training_batches(
         noise = random_colours(augmentation.colours, n, generator).to(device)
     side, size = augmentation.cutout, split.images.shape[-1]
     squares = random_squares(n, side, size, generator).to(device) if side else None
-    factors = random_jitter(n, augmentation.jitter, generator) if augmentation.jitter else None
-    factors = None if factors is None else factors.to(device)
+    jitter = augmentation.jitter
+    factors = random_jitter(n, jitter, generator).to(device) if jitter else None
     for start in range(first_step * batch_size, n, batch_size):
         batch = slice(start, start + batch_size)
         index = order[batch][share]
