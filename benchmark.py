@@ -63,7 +63,7 @@ PARTS = {
 }
 WHOLE_EPOCHS = ("pipeline", "pipeline-1-core", "loop")  # a turn is an epoch, not a batch
 ALL_PARTS = [*PARTS, "operations", "growth"]
-GROWTH_BATCH_SIZES = [2**i for i in range(11)]
+GROWTH_BATCH_SIZES = [4**i for i in range(6)]
 SECONDS_PER_TURN = 0.3  # short calls are repeated that long
 PROFILED_STEPS = 4
 OPERATIONS_SHOWN = 15
@@ -183,6 +183,8 @@ def textbook_call(case: Case, device: torch.device) -> Callable[[], None]:
         shuffle=True,
         num_workers=case.workers,
         persistent_workers=True,
+        # The system's usual way, as in a script: this process was itself started in another.
+        multiprocessing_context=multiprocessing.get_all_start_methods()[0],
         pin_memory=device.type == "cuda",
     )
     step = textbook_step(device) if case.part == "loop" else lambda images, labels: None
@@ -346,7 +348,7 @@ def synchronise(device: torch.device) -> None:
 
 def work(case: Case, connection, variables: dict) -> None:
     """The life of a process: measures the case, until the other end says stop or is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it is not inherited
     os.environ.update(variables)
     try:
         serve(case, connection)
@@ -385,13 +387,13 @@ def serve(case: Case, connection) -> None:
 class Worker:
     """A process that measures one case, seen from the outside."""
 
-    def __init__(self, case: Case, variables: dict | None = None):
+    def __init__(self, case: Case, variables: dict):
         self.case = case
         self.seconds: list[float] = []
         context = multiprocessing.get_context("spawn")
         self.connection, other_end = context.Pipe()
         # Not a daemon: a textbook side has worker processes of its own.
-        self.process = context.Process(target=work, args=(case, other_end, variables or {}))
+        self.process = context.Process(target=work, args=(case, other_end, variables))
         self.process.start()
         other_end.close()
 
@@ -415,6 +417,24 @@ class Worker:
         return memory
 
 
+@contextlib.contextmanager
+def started(cases: list[tuple[Case, dict]]) -> Iterator[list[Worker]]:
+    """A process for each case and its environment variables; none outlives the block."""
+    workers = []
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is not for them
+    try:
+        for case, variables in cases:
+            workers.append(Worker(case, variables))
+        signal.signal(signal.SIGINT, handler)
+        yield workers
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for worker in workers:
+            worker.process.terminate()  # after an error one may be in the middle of a long turn
+        for worker in workers:
+            worker.process.join()
+
+
 def ask_all(workers: list[Worker], message: str) -> list:
     """What each process answers, all of them being asked before the first answer is waited for."""
     for worker in workers:
@@ -425,16 +445,12 @@ def ask_all(workers: list[Worker], message: str) -> list:
 
 def measure(cases: list[Case], rounds: int) -> list[dict]:
     """A row for each case but the products, measured in turns."""
-    workers = [Worker(case) for case in cases]
-    try:
+    with started([(case, {}) for case in cases]) as workers:
         operations = [worker.ask("prepare") for worker in workers]
         for _ in range(rounds):
             for worker in workers:
                 worker.seconds.append(worker.ask("turn"))
         memory = [worker.finish() for worker in workers]
-    finally:
-        for worker in workers:
-            worker.connection.close()  # which ends a process that still waits
     peaks = {
         worker.case.precision: [count / s for s in worker.seconds]
         for worker, count in zip(workers, operations, strict=True)
@@ -540,16 +556,12 @@ def measure_growth(precision: str, device: torch.device) -> Iterator[dict]:
 
 def measure_together(case: Case, count: int) -> dict:
     """Time of a step, and memory, of so many processes that share its batch."""
-    workers = [Worker(case, variables) for variables in places(count)]
-    try:
+    with started([(case, variables) for variables in places(count)]) as workers:
         ask_all(workers, "prepare")
         seconds = [max(ask_all(workers, "turn")) for _ in range(3)]
         memory = ask_all(workers, "stop")
         for worker in workers:
             worker.process.join()
-    finally:
-        for worker in workers:
-            worker.connection.close()
     total = None if None in memory else sum(memory)
     return {"seconds": statistics.median(seconds), "peak_memory_mib": total}
 

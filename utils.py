@@ -65,6 +65,7 @@ def run_script(main) -> None:
     except (UserError, OSError) as error:
         _exit_with_line(f"error: {error}", 2)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends it without a traceback
         _exit_with_line("interrupted", 128 + signal.SIGINT)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):

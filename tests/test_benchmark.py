@@ -1,4 +1,6 @@
+import contextlib
 import json
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +69,15 @@ def test_processes_that_share_a_batch_are_measured_together():
     result = benchmark.measure_together(case, 2)
     assert result["seconds"] > 0
     assert result["peak_memory_mib"] > 2 * 58 * 4 * 3  # twice weights, gradients, momentum
+
+
+def test_interrupted_measurement_leaves_no_process():
+    """Ctrl-C does not wait for a turn that may take minutes."""
+    case = Case("pipeline", "textbook", "fp32", 100, 100_000, "cpu", 1)
+    with contextlib.suppress(KeyboardInterrupt), benchmark.started([(case, {})]) as [worker]:
+        worker.connection.send("prepare")
+        raise KeyboardInterrupt
+    assert worker.process.exitcode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("side", ["textbook", "here"])

@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -71,6 +72,23 @@ def test_user_error_is_one_line_and_code_2(capsys):
         run_script(fail)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.endswith("error: first second\n")
+
+
+def test_second_interrupt_is_no_traceback(tmp_path):
+    """Ctrl-C twice: the second one comes while Python cleans up."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, os, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import utils\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "def main():\n"
+        "    raise KeyboardInterrupt\n"
+        "utils.run_script(main)\n"
+    )
+    done = run_python(script, cwd=tmp_path)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == "script.py: interrupted\n"
 
 
 def test_programming_error_is_not_hidden():
