@@ -287,7 +287,7 @@ TABLES = {
     "speed-128": lambda: long_speed_table(128),
     "speed-32": lambda: long_speed_table(32),
     "speed-no-bf16": lambda: long_speed_table(128, "no-bf16.json"),
-    "speed-h200": lambda: long_speed_table(128, "h200.json"),
+    "speed-h200": lambda: long_speed_table(128, "h200-128.json"),
     "speed-h200-1024": lambda: long_speed_table(1024, "h200.json"),
     "operations": operations_table,
 }
