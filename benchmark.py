@@ -360,6 +360,7 @@ def work(case: Case, connection, variables: dict) -> None:
 
 def serve(case: Case, connection) -> None:
     """Prepares the case when told to, then measures a turn each time: one process at a time."""
+    connection.send("ready")
     connection.recv()
     if case.side != "textbook":
         keep_freed_memory()
@@ -419,13 +420,18 @@ class Worker:
 
 @contextlib.contextmanager
 def started(cases: list[tuple[Case, dict]]) -> Iterator[list[Worker]]:
-    """A process for each case and its environment variables; none outlives the block."""
+    """A process for each case and its environment variables, all imports done.
+
+    None outlives the block.
+    """
     workers = []
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is not for them
     try:
         for case, variables in cases:
             workers.append(Worker(case, variables))
         signal.signal(signal.SIGINT, handler)
+        for worker in workers:
+            worker.answer()
         yield workers
     finally:
         signal.signal(signal.SIGINT, handler)
@@ -548,20 +554,29 @@ def measure_growth(precision: str, device: torch.device) -> Iterator[dict]:
     # Several processes need several devices, and cuda:1 is one.
     most = {"cpu": 2, "cuda": torch.cuda.device_count()}.get(str(device), 1)
     counts = [2**i for i in range(most.bit_length())]
-    pairs = [(count, size) for count in counts for size in GROWTH_BATCH_SIZES if size >= count]
-    for count, batch_size in tqdm(pairs, "batch sizes", leave=False, disable=None):
-        case = Case("step", "here", precision, batch_size, batch_size, str(device), 0)
-        yield {"processes": count, "batch_size": batch_size, **measure_together(case, count)}
+    sizes = {count: [size for size in GROWTH_BATCH_SIZES if size >= count] for count in counts}
+    total = sum(map(len, sizes.values()))
+    with tqdm(total=total, desc="batch sizes", leave=False, disable=None) as bar:
+        for count in counts:
+            cases = [
+                (Case("step", "here", precision, size, size, str(device), 0), variables)
+                for size in sizes[count]
+                for variables in places(count)
+            ]
+            with started(cases) as workers:
+                for i, size in enumerate(sizes[count]):
+                    together = workers[i * count : (i + 1) * count]
+                    yield {"processes": count, "batch_size": size, **measure_together(together)}
+                    bar.update()
 
 
-def measure_together(case: Case, count: int) -> dict:
-    """Time of a step, and memory, of so many processes that share its batch."""
-    with started([(case, variables) for variables in places(count)]) as workers:
-        ask_all(workers, "prepare")
-        seconds = [max(ask_all(workers, "turn")) for _ in range(3)]
-        memory = ask_all(workers, "stop")
-        for worker in workers:
-            worker.process.join()
+def measure_together(workers: list[Worker]) -> dict:
+    """Time of a step, and memory, of processes that share its batch."""
+    ask_all(workers, "prepare")
+    seconds = [max(ask_all(workers, "turn")) for _ in range(3)]
+    memory = ask_all(workers, "stop")
+    for worker in workers:
+        worker.process.join()
     total = None if None in memory else sum(memory)
     return {"seconds": statistics.median(seconds), "peak_memory_mib": total}
 

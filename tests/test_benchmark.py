@@ -66,7 +66,8 @@ def test_ratios_are_taken_round_by_round():
 
 def test_processes_that_share_a_batch_are_measured_together():
     case = Case("step", "here", "fp32", 3, 3, "cpu", 0)
-    result = benchmark.measure_together(case, 2)
+    with benchmark.started([(case, variables) for variables in benchmark.places(2)]) as workers:
+        result = benchmark.measure_together(workers)
     assert result["seconds"] > 0
     assert result["peak_memory_mib"] > 2 * 58 * 4 * 3  # twice weights, gradients, momentum
 
