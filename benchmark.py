@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -346,10 +347,10 @@ def synchronise(device: torch.device) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def work(case: Case, connection, variables: dict) -> None:
+def work(case: Case, connection) -> None:
     """The life of a process: measures the case, until the other end says stop or is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it is not inherited
-    os.environ.update(variables)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends a loader too
     try:
         serve(case, connection)
     except (EOFError, ConnectionError):
@@ -359,9 +360,9 @@ def work(case: Case, connection, variables: dict) -> None:
 
 
 def serve(case: Case, connection) -> None:
-    """Prepares the case when told to, then measures a turn each time: one process at a time."""
+    """Prepares the case when sent environment variables, then measures a turn each time."""
     connection.send("ready")
-    connection.recv()
+    os.environ.update(connection.recv())
     if case.side != "textbook":
         keep_freed_memory()
     if case.part == "pipeline-1-core":
@@ -388,19 +389,19 @@ def serve(case: Case, connection) -> None:
 class Worker:
     """A process that measures one case, seen from the outside."""
 
-    def __init__(self, case: Case, variables: dict):
+    def __init__(self, case: Case):
         self.case = case
         self.seconds: list[float] = []
         context = multiprocessing.get_context("spawn")
         self.connection, other_end = context.Pipe()
         # Not a daemon: a textbook side has worker processes of its own.
-        self.process = context.Process(target=work, args=(case, other_end, variables))
+        self.process = context.Process(target=work, args=(case, other_end))
         self.process.start()
         other_end.close()
 
-    def ask(self, message: str):
+    def ask(self, message):
         """The process's answer. Raises UserError if it failed or is no more."""
-        return ask_all([self], message)[0]
+        return ask_all([self], [message])[0]
 
     def answer(self):
         try:
@@ -419,16 +420,13 @@ class Worker:
 
 
 @contextlib.contextmanager
-def started(cases: list[tuple[Case, dict]]) -> Iterator[list[Worker]]:
-    """A process for each case and its environment variables, all imports done.
-
-    None outlives the block.
-    """
+def started(cases: list[Case]) -> Iterator[list[Worker]]:
+    """A process for each case, all imports done; none outlives the block."""
     workers = []
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is not for them
     try:
-        for case, variables in cases:
-            workers.append(Worker(case, variables))
+        for case in cases:
+            workers.append(Worker(case))
         signal.signal(signal.SIGINT, handler)
         for worker in workers:
             worker.answer()
@@ -436,14 +434,15 @@ def started(cases: list[tuple[Case, dict]]) -> Iterator[list[Worker]]:
     finally:
         signal.signal(signal.SIGINT, handler)
         for worker in workers:
-            worker.process.terminate()  # after an error one may be in the middle of a long turn
+            worker.process.terminate()  # after an error one may be in the middle of a turn
         for worker in workers:
-            worker.process.join()
+            worker.process.join(5)
+            worker.process.kill()  # in the middle of one long operation
 
 
-def ask_all(workers: list[Worker], message: str) -> list:
+def ask_all(workers: list[Worker], messages: list) -> list:
     """What each process answers, all of them being asked before the first answer is waited for."""
-    for worker in workers:
+    for worker, message in zip(workers, messages, strict=True):
         with contextlib.suppress(ConnectionError):  # which answer() reports
             worker.connection.send(message)
     return [worker.answer() for worker in workers]
@@ -451,8 +450,8 @@ def ask_all(workers: list[Worker], message: str) -> list:
 
 def measure(cases: list[Case], rounds: int) -> list[dict]:
     """A row for each case but the products, measured in turns."""
-    with started([(case, {}) for case in cases]) as workers:
-        operations = [worker.ask("prepare") for worker in workers]
+    with started(cases) as workers:
+        operations = [worker.ask({}) for worker in workers]
         for _ in range(rounds):
             for worker in workers:
                 worker.seconds.append(worker.ask("turn"))
@@ -521,7 +520,7 @@ def comparison(
     if part in WHOLE_EPOCHS:
         # Long enough to be timed, short enough for a CPU.
         on_cpu = 2 if part == "loop" else 8
-        images *= 40 if device.type == "cuda" else on_cpu
+        images *= 80 if device.type == "cuda" else on_cpu
     if part in ("pipeline", "pipeline-1-core"):
         sides = [("here", "fp32")]
     elif part == "lrn":
@@ -559,9 +558,9 @@ def measure_growth(precision: str, device: torch.device) -> Iterator[dict]:
     with tqdm(total=total, desc="batch sizes", leave=False, disable=None) as bar:
         for count in counts:
             cases = [
-                (Case("step", "here", precision, size, size, str(device), 0), variables)
+                Case("step", "here", precision, size, size, str(device), 0)
                 for size in sizes[count]
-                for variables in places(count)
+                for _ in range(count)
             ]
             with started(cases) as workers:
                 for i, size in enumerate(sizes[count]):
@@ -572,9 +571,10 @@ def measure_growth(precision: str, device: torch.device) -> Iterator[dict]:
 
 def measure_together(workers: list[Worker]) -> dict:
     """Time of a step, and memory, of processes that share its batch."""
-    ask_all(workers, "prepare")
-    seconds = [max(ask_all(workers, "turn")) for _ in range(3)]
-    memory = ask_all(workers, "stop")
+    count = len(workers)
+    ask_all(workers, places(count))
+    seconds = [max(ask_all(workers, ["turn"] * count)) for _ in range(3)]
+    memory = ask_all(workers, ["stop"] * count)
     for worker in workers:
         worker.process.join()
     total = None if None in memory else sum(memory)

@@ -209,7 +209,7 @@ def speed(rows: list[dict], title: str) -> Figure:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    ticks = (0.5, 1, 2, 5, 10, 20, 50, 100)
+    ticks = [0.5, *(first * 10**zeros for zeros in range(4) for first in (1, 2, 5))]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     left = min(0.95, 0.9 * min(row["times_the_textbook"][1] for row in ours))
@@ -476,14 +476,17 @@ def compared_curves(histories: dict[str, list[dict]], against: str = "epoch") ->
         loss_axes.plot(places, [row["val_loss"] for row in history], label=name, **style)
         accuracy = [100 * row["val_accuracy"] for row in history]
         accuracy_axes.plot(places, accuracy, label=f"{name}: best {max(accuracy):.1f}%", **style)
-    for axes, label in ((loss_axes, "cross-entropy"), (accuracy_axes, "top-1 accuracy (%)")):
+    for axes, label in (
+        (loss_axes, "cross-entropy, logarithmic"),
+        (accuracy_axes, "top-1 accuracy (%)"),
+    ):
         axes.set_xlabel({"epoch": "epoch", "minutes": "minutes of training"}[against])
         axes.set_ylabel(f"validation {label}")
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     loss_axes.set_yscale("log")  # or the first epochs would press all others together
-    loss_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    loss_axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     loss_axes.yaxis.set_major_formatter("{x:g}")
     loss_axes.yaxis.set_minor_locator(NullLocator())
     figure.suptitle(f"Validation by {against}" + " of training" * (against == "minutes"))

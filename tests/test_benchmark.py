@@ -1,12 +1,15 @@
 import contextlib
 import json
+import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICES, identity_maps, needs_gpu, run_python
+from conftest import DEVICES, ROOT, identity_maps, needs_gpu, run_python
 
 import benchmark
 from benchmark import Case, operations_per_image, row_of, textbook_network
@@ -64,21 +67,44 @@ def test_ratios_are_taken_round_by_round():
     assert row["share_of_peak"] == pytest.approx([shares[1], shares[2], shares[0]])
 
 
-def test_processes_that_share_a_batch_are_measured_together():
-    case = Case("step", "here", "fp32", 3, 3, "cpu", 0)
-    with benchmark.started([(case, variables) for variables in benchmark.places(2)]) as workers:
-        result = benchmark.measure_together(workers)
-    assert result["seconds"] > 0
-    assert result["peak_memory_mib"] > 2 * 58 * 4 * 3  # twice weights, gradients, momentum
+def test_growth_is_measured_with_one_process_and_with_two_that_share_a_batch(monkeypatch):
+    monkeypatch.setattr(benchmark, "GROWTH_BATCH_SIZES", [1, 3])
+    found = list(benchmark.measure_growth("fp32", torch.device("cpu")))
+    assert [(row["processes"], row["batch_size"]) for row in found] == [(1, 1), (1, 3), (2, 3)]
+    for row in found:
+        assert row["seconds"] > 0
+        # Weights, gradients and momentum of each process.
+        assert row["peak_memory_mib"] > row["processes"] * 58 * 4 * 3
 
 
 def test_interrupted_measurement_leaves_no_process():
     """Ctrl-C does not wait for a turn that may take minutes."""
     case = Case("pipeline", "textbook", "fp32", 100, 100_000, "cpu", 1)
-    with contextlib.suppress(KeyboardInterrupt), benchmark.started([(case, {})]) as [worker]:
-        worker.connection.send("prepare")
+    with contextlib.suppress(KeyboardInterrupt), benchmark.started([case]) as [worker]:
+        worker.connection.send({})
         raise KeyboardInterrupt
-    assert worker.process.exitcode == -signal.SIGTERM
+    assert worker.process.exitcode == 128 + signal.SIGTERM
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to process groups")
+def test_interrupt_of_a_terminal_is_one_line(tmp_path):
+    """Ctrl-C reaches the processes that measure as well, which are still importing."""
+    options = ["--parts", "lrn", "--batch-sizes", "2", "--device", "cpu"]
+    script = subprocess.Popen(
+        [sys.executable, str(ROOT / "benchmark.py"), *options],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while script.stdout.readline() != benchmark.TABLE_HEAD + "\n":
+        assert script.poll() is None
+    os.killpg(script.pid, signal.SIGINT)
+    _, error = script.communicate(timeout=120)
+    assert script.returncode == 128 + signal.SIGINT
+    assert error == "benchmark.py: interrupted\n"
 
 
 @pytest.mark.parametrize("side", ["textbook", "here"])

@@ -74,6 +74,7 @@ def test_user_error_is_one_line_and_code_2(capsys):
     assert capsys.readouterr().err.endswith("error: first second\n")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="os.kill ends a process of Windows otherwise")
 def test_second_interrupt_is_no_traceback(tmp_path):
     """Ctrl-C twice: the second one comes while Python cleans up."""
     script = tmp_path / "script.py"
