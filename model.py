@@ -23,13 +23,15 @@ except ImportError:  # torch brings Triton where it can drive an NVIDIA GPU
 # source makes 55 by rounding up (layer.py, modulesX); PyTorch rounds down.
 IMAGE_SIZE = 227
 UNITS = 4096  # in fc6 and in fc7
+PIXEL_DEVIATION = 64  # about CIFAR-10's, of values from 0 to 255; standardised input is so divided
 INITS = ("he", "2012", "as-printed")
 # The switches: of each, first what the network of 2012 has (but it had two groups).
 CHOICES = {
     "groups": (1, 2),
     "activation": ("relu", "tanh"),
-    "norm": ("lrn", "lrn-as-printed", "none"),
+    "norm": ("lrn", "lrn-as-printed", "lrn-at-work", "none"),
     "pooling": ("overlapping", "non-overlapping"),
+    "dropout_scaling": ("test", "training"),
 }
 
 
@@ -48,9 +50,13 @@ class AlexNet(nn.Module):
         dropout: probability that an output of fc6 or fc7 is set to zero in training (§4.2).
         activation: "relu", or "tanh" for the saturating units it is compared with (§3.1).
         norm: after conv1 and conv2 (§3.3): "lrn" divides alpha by the window, as the 2012 source
-            does; "lrn-as-printed" takes alpha undivided, as in the paper's formula; or "none".
+            does; "lrn-as-printed" takes alpha undivided, as in the paper's formula;
+            "lrn-at-work" multiplies alpha by 64^2, which does to standardised input what "lrn"
+            does to input from 0 to 255, 64 times as large, and its activations; or "none".
         pooling: "overlapping" is 3x3 at stride 2; "non-overlapping" is 2x2 at stride 2 (§3.4),
             which gives feature maps of the same sizes, 27, 13 and 6.
+        dropout_scaling: "training" divides what dropout leaves by 1 - dropout, as torch does;
+            "test" leaves it and multiplies all outputs by 1 - dropout at test time (§4.2).
 
     Shape: float [N, 3, 227, 227] to logits [N, num_classes]. On an NVIDIA GPU, in channels last and
     not in float64, it can be differentiated once only, and not by torch.func.
@@ -72,9 +78,16 @@ class AlexNet(nn.Module):
         activation: str = "relu",
         norm: str = "lrn",
         pooling: str = "overlapping",
+        dropout_scaling: str = "training",
     ):
         super().__init__()
-        switches = {"groups": groups, "activation": activation, "norm": norm, "pooling": pooling}
+        switches = {
+            "groups": groups,
+            "activation": activation,
+            "norm": norm,
+            "pooling": pooling,
+            "dropout_scaling": dropout_scaling,
+        }
         for name, value in switches.items():
             if value not in CHOICES[name]:
                 allowed = " or ".join(map(str, CHOICES[name]))
@@ -98,9 +111,9 @@ class AlexNet(nn.Module):
         self.conv5 = nn.Conv2d(384, 256, 3, padding=1, groups=groups)  # 256 x 13 x 13
         self.pool5 = _pool(pooling)  # 256 x 6 x 6
         self.fc6 = nn.Linear(256 * 6 * 6, UNITS)
-        self.drop6 = nn.Dropout(dropout)
+        self.drop6 = _dropout(dropout, dropout_scaling)
         self.fc7 = nn.Linear(UNITS, UNITS)
-        self.drop7 = nn.Dropout(dropout)
+        self.drop7 = _dropout(dropout, dropout_scaling)
         self.fc8 = nn.Linear(UNITS, num_classes)
         self.reset_parameters()
 
@@ -243,9 +256,23 @@ def _norm(name: str, groups: int) -> nn.Module:
     if name == "none":
         return nn.Identity()
     size, alpha = 5, 1e-4
-    # LocalResponseNorm divides alpha by its window; this undoes it.
-    alpha = alpha * size if name == "lrn-as-printed" else alpha
+    if name == "lrn-as-printed":
+        alpha *= size  # LocalResponseNorm divides alpha by its window; this undoes it
+    elif name == "lrn-at-work":
+        alpha *= PIXEL_DEVIATION**2
     return LocalResponseNorm(size, alpha, groups=groups)
+
+
+class _DropoutScaledInTest(nn.Dropout):
+    """Dropout as in the paper (§4.2): what is left in training stays as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Some values set to zero in training; all values times 1 - p in eval mode."""
+        return (1 - self.p) * super().forward(x)
+
+
+def _dropout(p: float, scaling: str) -> nn.Module:
+    return nn.Dropout(p) if scaling == "training" else _DropoutScaledInTest(p)
 
 
 def _pool(name: str) -> nn.Module:

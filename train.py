@@ -469,7 +469,8 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     seed_device(run.device, mix_seeds(run.config["seed"], global_step, run.processes.rank))
     if run.config["precision"] == "bf16":
         images = images.bfloat16()  # as conv1 takes them: less to mix and to copy
-    if run.mix and len(labels) > 1:
+    mixes = run.mix and global_step < (1 - run.config["mix_off"]) * run.total_steps
+    if mixes and len(labels) > 1:
         images, targets = run.mix(images, labels)
         images = in_fast_layout(images)
         labels = targets.argmax(1)  # of the image that there is more of

@@ -389,14 +389,14 @@ NO_FILES = ["nowhere/x", "taken", "file/x", "x" * 5000, "--"]
 NUMBERS = {
     train.main: "--epochs --batch-size --train-images --lr --momentum --weight-decay --dropout "
     "--bias-lr-factor --bias-decay-factor --seed --save-every --groups --warm-up --label-smoothing "
-    "--ema --augmentation-ramp",
+    "--ema --augmentation-ramp --mix-off",
     ablate.main: "--seeds --epochs --train-images",
     benchmark.main: "--rounds --workers --batch-sizes",
     evaluate.main: "--views",
 }
 CHOICES = {
     train.main: "--recipe --dataset --optimizer --schedule --init --input --augmentation "
-    "--activation --norm --pooling --precision --mix --train-split",
+    "--activation --norm --pooling --dropout-scaling --precision --mix --train-split",
     ablate.main: "--recipe --dataset --ideas --only",
     benchmark.main: "--parts",
     evaluate.main: "--split --precision",

@@ -191,7 +191,9 @@ def test_forward_equals_numpy_in_float64(settings, in_numpy, images):
         ({"norm": "lrn-as-printed"}, {"norm1", "norm2"}),
         ({"norm": "none"}, {"norm1", "norm2"}),
         ({"pooling": "non-overlapping"}, {"pool1", "pool2", "pool5"}),
+        ({"norm": "lrn-at-work"}, {"norm1", "norm2"}),
         ({"dropout": 0.0}, {"drop6", "drop7"}),
+        ({"dropout_scaling": "test"}, {"drop6", "drop7"}),
     ],
 )
 def test_switch_changes_its_layers_and_no_others(settings, changed):
@@ -429,6 +431,7 @@ WRONG = [
     {"activation": "sigmoid"},
     {"norm": "batch"},
     {"pooling": "mean"},
+    {"dropout_scaling": "never"},
 ]
 
 
@@ -452,6 +455,51 @@ def test_dropout_follows_the_relu_of_fc6_and_fc7(images):
         survived = after != 0
         torch.testing.assert_close(after[survived], 2 * before[survived])
         assert 0.4 < survived.sum() / (before > 0).sum() < 0.6
+
+
+@pytest.mark.parametrize("p", [0.5, 0.2])
+def test_dropout_of_the_paper_scales_at_test_time(p):
+    """§4.2: what is left in training stays, and at test time all outputs are multiplied."""
+    layer = AlexNet(dropout=p, dropout_scaling="test").drop6
+    x = torch.randn(100, 100)
+    dropped = layer.train()(x)
+    left = dropped != 0
+    torch.testing.assert_close(dropped[left], x[left])
+    assert left.double().mean() == pytest.approx(1 - p, abs=0.02)
+    torch.testing.assert_close(layer.eval()(x), x * (1 - p))
+
+
+def test_both_scalings_of_dropout_are_one_network_with_other_weights(images):
+    """In float64: half the weights of fc7 and fc8 make up for outputs that are not halved."""
+    paper = AlexNet(dropout_scaling="test").double().eval()
+    ours = AlexNet().double().eval()
+    ours.load_state_dict(paper.state_dict())
+    with torch.no_grad():
+        for layer in (ours.fc7, ours.fc8):
+            layer.weight *= 0.5
+        torch.testing.assert_close(ours(images.double()), paper(images.double()))
+
+
+def test_lrn_at_work_is_lrn_of_activations_as_large_as_pixels(images):
+    """In float64: the network whose activations are 64 times as large up to norm2, with "lrn"."""
+    working = AlexNet(norm="lrn-at-work").double().eval()
+    large = AlexNet().double().eval()
+    for bias in (working.conv1.bias, working.conv2.bias):
+        nn.init.normal_(bias)
+    nn.init.normal_(working.fc8.weight)
+    large.load_state_dict(working.state_dict())
+    with torch.no_grad():
+        large.conv1.bias *= 64
+        large.conv2.bias *= 64
+        large.conv3.weight /= 64
+        logits = working(images.double())
+        torch.testing.assert_close(large(64 * images.double()), logits)
+        idle = AlexNet(norm="none").double().eval()
+        idle.load_state_dict(working.state_dict())
+        scaled = 2**-0.75  # what LRN multiplies small activations by
+        idle.conv2.weight *= scaled
+        idle.conv3.weight *= scaled
+        assert (idle(images.double()) - logits).abs().max() > 0.1  # it does more than that
 
 
 def test_first_loss_is_that_of_guessing(images):

@@ -267,6 +267,19 @@ def test_share_of_a_mixed_image_is_uniform(name):
     assert np.mean(smaller) == pytest.approx(0.25, abs=0.04)
 
 
+def test_last_steps_are_not_mixed_where_asked():
+    """--mix-off 0.3: the last 6 of 20 steps."""
+    mixed = []
+    run = bare_run(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)), mix="cutmix", mix_off=0.3
+    )
+    run.mix = lambda images, labels: mixed.append(place) or (images, F.one_hot(labels, 3) / 1)
+    for place in range(20):
+        run.epoch, run.step = divmod(place, 10)
+        train.train_step(run, torch.ones(6, 1, 2, 2), torch.arange(6) % 3)
+    assert mixed == list(range(14))
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_images_are_mixed_in_the_networks_precision(name, dtype):
     seen = []
@@ -428,6 +441,7 @@ def test_rate_falls_within_a_run_when_validation_stalls(tiny, monkeypatch, capsy
 
 def test_checkpoint_records_every_switch(tiny):
     switches = "--activation tanh --norm none --pooling non-overlapping --groups 2 --dropout 0.2"
+    switches += " --dropout-scaling training"
     options = f"--recipe paper --epochs 1 --train-images 20 --output-dir run {switches}"
     assert tiny(*options.split()) == 0
     network, preprocessing, content = load_network("run/best.pt")
@@ -438,6 +452,7 @@ def test_checkpoint_records_every_switch(tiny):
         "pooling": "non-overlapping",
         "groups": 2,
         "dropout": 0.2,
+        "dropout_scaling": "training",
     }
     assert (preprocessing.std, preprocessing.enlarged_size) == ([1.0] * 3, 256)
     assert content["training"]["train_images"] == 20
