@@ -97,7 +97,8 @@ DEFAULTS = {
 }
 # What runs did before an option existed, whatever the recipes have now.
 BEFORE = {**DEFAULTS, **ORIGINAL, "nesterov": False}
-# Mixes pairs of images and their labels; alpha is torchvision's 1, as in both papers for CIFAR.
+# Mixes pairs of images and their labels, in every batch, with one share (CutMix: one rectangle) for
+# all its pairs; alpha is torchvision's 1, as in both papers for CIFAR.
 MIXES = {
     "none": None,
     "mixup": v2.MixUp,  # Zhang et al. 2018, arXiv 1710.09412
