@@ -357,6 +357,8 @@ def work(case: Case, connection) -> None:
         return
     except (RuntimeError, UserError) as error:
         connection.send(UserError(f"measuring {case} failed ({first_line(error)})"))
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends by itself, in good order
 
 
 def serve(case: Case, connection) -> None:
@@ -419,25 +421,32 @@ class Worker:
         return memory
 
 
+def delay_interrupts(delayed: bool) -> None:
+    """Lets Ctrl-C wait until this is called again; Windows cannot do that."""
+    if hasattr(signal, "pthread_sigmask"):
+        how = signal.SIG_BLOCK if delayed else signal.SIG_UNBLOCK
+        signal.pthread_sigmask(how, {signal.SIGINT})
+
+
 @contextlib.contextmanager
 def started(cases: list[Case]) -> Iterator[list[Worker]]:
     """A process for each case, all imports done; none outlives the block."""
     workers = []
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is not for them
+    delay_interrupts(True)  # inherited: Ctrl-C is not for them
     try:
         for case in cases:
             workers.append(Worker(case))
-        signal.signal(signal.SIGINT, handler)
+        delay_interrupts(False)
         for worker in workers:
             worker.answer()
         yield workers
     finally:
-        signal.signal(signal.SIGINT, handler)
         for worker in workers:
             worker.process.terminate()  # after an error one may be in the middle of a turn
         for worker in workers:
             worker.process.join(5)
             worker.process.kill()  # in the middle of one long operation
+        delay_interrupts(False)
 
 
 def ask_all(workers: list[Worker], messages: list) -> list:

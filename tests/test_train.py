@@ -175,7 +175,8 @@ def test_common_reading_starts_blind():
     common = {"init": "as-printed", "input": "standardised"}
     spread = []
     for given in ({}, common):
-        config = recipes.new_config({"recipe": "paper", **given})
+        given = {"recipe": "paper", "dropout_scaling": "training", **given}  # the same in both
+        config = recipes.new_config(given)
         network = train.make_network(config, 10)
         preprocessing = Preprocessing.of(images, config["input"], "paper")
         logits = predict(network, images[:20], preprocessing, "fp32")
