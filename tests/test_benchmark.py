@@ -98,6 +98,8 @@ def test_interrupt_of_a_terminal_is_one_line(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Where the tests run in the background, a shell has them ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while script.stdout.readline() != benchmark.TABLE_HEAD + "\n":
         assert script.poll() is None
