@@ -30,6 +30,7 @@ CLASSES = list("abc")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+FAST_PATHS = [*DEVICES, pytest.param("cuda --compile", marks=needs_gpu)]
 
 
 SLOW = ("test_notebook", "test_train", "test_faults")  # the files that take minutes

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICES, ROOT, identity_maps, needs_gpu, run_python
+from conftest import FAST_PATHS, ROOT, identity_maps, run_python
 
 import benchmark
 from benchmark import Case, operations_per_image, row_of, textbook_network
@@ -28,7 +28,6 @@ MULTIPLY_ADDS = {
     "fc7": 4096 * 4096,
     "fc8": 4096 * 10,
 }
-FAST_PATHS = [*DEVICES, pytest.param("cuda --compile", marks=needs_gpu)]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import csv
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, needs_gpu, rows, run_python, same
+from conftest import FAST_PATHS, ROOT, needs_gpu, rows, run_python, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dataset
@@ -25,7 +26,14 @@ import model
 import recipes
 import train
 from checkpoint import check_progress, fitting_state, load_network
-from dataset import Augmentation, Dataset, Preprocessing, Split, training_batches
+from dataset import (
+    Augmentation,
+    Dataset,
+    Preprocessing,
+    Split,
+    in_fast_layout,
+    training_batches,
+)
 from evaluate import loss_and_accuracy, predict
 from model import AlexNet
 from parallel import Processes
@@ -299,6 +307,25 @@ def test_dropout_is_drawn_anew_for_each_seed_epoch_step_and_process():
         run.epoch, run.step, run.processes.rank = place
         train.train_step(run, torch.ones(6, 4), torch.arange(6) % 3)
     assert len(masks) == 5
+
+
+@pytest.mark.parametrize("path", FAST_PATHS)
+def test_dropout_of_the_whole_network_is_drawn_anew_at_each_step(path):
+    """And again as it was when a step is done again; a GPU replays a graph from the third on."""
+    device, *options = path.split()
+    config = recipes.new_config({"dataset": "shapes", "precision": "fp32", "mix": "none"})
+    config |= {"batch_size": 4, "lr": 1e-30, "compile": bool(options)}  # which changes no weight
+    run = train.Run(Path("run"), config, dataset.draw_shapes(), torch.device(device), Processes())
+    run.network.reset_parameters("2012")  # whose outputs differ by more than He's at first
+    images = in_fast_layout(torch.randn(4, 3, 227, 227, device=device))
+    losses = []
+    for step in (0, 1, 2, 3, 4, 4):
+        run.step = step
+        loss, _ = train.train_step(run, images, torch.arange(4, device=device))
+        losses.append(loss.item())
+    assert losses[5] == pytest.approx(losses[4], rel=1e-4)
+    nearest = min(abs(a - b) for a, b in itertools.combinations(losses[:5], 2))
+    assert nearest > 10 * abs(losses[5] - losses[4])
 
 
 def test_average_of_the_weights():
