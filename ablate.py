@@ -121,6 +121,11 @@ WITH = {
         "the paper's dropout: a lower\nrate in fc7 and fc8",
         "docs/faithful.md, note 4",
     ),
+    "half-mixed": Switch(
+        {"mix": "cutmix", "mix_probability": 0.5},
+        "CutMix in half of\nthe batches",
+        "Yun et al. 2019, 1905.04899",
+    ),
     "mix-off": Switch(
         {"mix": "cutmix", "mix_off": 0.15}, "CutMix, but not in the\nlast 15% of the steps", ""
     ),

@@ -18,6 +18,7 @@ from utils import (
     non_negative_float,
     positive_float,
     positive_int,
+    probability,
     seed,
 )
 
@@ -38,6 +39,7 @@ ORIGINAL = {
     "augmentation": "shift",
     "augmentation_ramp": 0.0,
     "mix": "none",
+    "mix_probability": 1.0,
     "mix_off": 0.0,
     "label_smoothing": 0.0,
     "schedule": "cosine",
@@ -146,6 +148,11 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"share of the epochs in which it grows; {recipe_defaults('augmentation_ramp')}",
     )
     add("--mix", choices=MIXES, help=f"pairs of images; {recipe_defaults('mix')}")
+    add(
+        "--mix-probability",
+        type=probability,
+        help=f"of a batch to be mixed; {recipe_defaults('mix_probability')}",
+    )
     add(
         "--mix-off",
         type=fraction,
@@ -281,8 +288,9 @@ def check_config(config: dict) -> None:
         raise UserError("--nesterov needs a --momentum above 0")
     if config["augmentation_ramp"] and config["augmentation"] in ("shift", "none"):
         raise UserError("--augmentation-ramp is not for --augmentation shift or none")
-    if config["mix_off"] and config["mix"] == "none":
-        raise UserError("--mix-off needs --mix mixup or cutmix")
+    for name, usual in (("mix_probability", 1), ("mix_off", 0)):
+        if config[name] != usual and config["mix"] == "none":
+            raise UserError(f"{as_option(name)} needs --mix mixup or cutmix")
 
 
 def run_name(config: dict) -> str:

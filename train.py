@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -455,6 +456,15 @@ def augmentation_now(run: Run) -> Augmentation:
     return run.augmentation.at(run.epoch / growing_epochs)
 
 
+def is_mixed(run: Run, global_step: int) -> bool:
+    """Whether the batch of this step of the whole run is mixed; the same for all processes."""
+    config = run.config
+    if not run.mix or global_step >= (1 - config["mix_off"]) * run.total_steps:
+        return False
+    generator = np.random.default_rng([config["seed"], global_step])
+    return generator.random() < config["mix_probability"]
+
+
 def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """One step of gradient descent, with this process's share of the batch.
 
@@ -469,8 +479,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     seed_device(run.device, mix_seeds(run.config["seed"], global_step, run.processes.rank))
     if run.config["precision"] == "bf16":
         images = images.bfloat16()  # as conv1 takes them: less to mix and to copy
-    mixes = run.mix and global_step < (1 - run.config["mix_off"]) * run.total_steps
-    if mixes and len(labels) > 1:
+    if len(labels) > 1 and is_mixed(run, global_step):
         images, targets = run.mix(images, labels)
         images = in_fast_layout(images)
         labels = targets.argmax(1)  # of the image that there is more of

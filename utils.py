@@ -179,6 +179,11 @@ def fraction(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 
 
+def probability(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
 def output_file(text: str) -> Path:
     """An argparse type, for a file to be written once the work is done."""
     path = Path(text)

@@ -92,7 +92,7 @@ def test_old_run_is_read_as_what_it_was():
     did |= {"augmentation_ramp": 0, "label_smoothing": 0, "ema": 0, "nesterov": False}
     did |= {"schedule": "cosine", "warm_up": 0.05, "bias_lr_factor": 1, "bias_decay_factor": 1}
     did |= {"activation": "relu", "norm": "lrn", "pooling": "overlapping", "dropout": 0.5}
-    did |= {"dropout_scaling": "training", "mix_off": 0}
+    did |= {"dropout_scaling": "training", "mix_off": 0, "mix_probability": 1}
     did |= {"groups": 1, "recipe": "modern", "train_split": "train", "compile": False}
     assert {name: config[name] for name in did} == did
 

@@ -289,6 +289,18 @@ def test_last_steps_are_not_mixed_where_asked():
     assert mixed == list(range(14))
 
 
+def test_batches_are_mixed_as_often_as_asked():
+    """Three tenths of 400 (standard error 2.3 points); seeds differ, processes do not."""
+    drawn = {}
+    for seed, rank in ((0, 0), (0, 1), (1, 0)):
+        run = bare_run(torch.nn.Linear(4, 3), mix="cutmix", mix_probability=0.3, seed=seed)
+        run.mix, run.total_steps, run.processes.rank = True, 400, rank
+        drawn[seed, rank] = [train.is_mixed(run, step) for step in range(400)]
+    assert drawn[0, 0] == drawn[0, 1] != drawn[1, 0]
+    for draws in drawn.values():
+        assert np.mean(draws) == pytest.approx(0.3, abs=0.08)
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_images_are_mixed_in_the_networks_precision(name, dtype):
     seen = []
