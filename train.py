@@ -489,9 +489,11 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     network = run.compiled if batch_images == images_done(run, 1) else run.parallel
     with autocast(run.device, run.config["precision"]):
         logits = network(images)
-        smoothing = run.config["label_smoothing"]
-        loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-        loss = loss / batch_images
+    if run.config["precision"] == "bf16":
+        logits = logits.float()  # or the loss of each image would be rounded to bf16
+    smoothing = run.config["label_smoothing"]
+    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    loss = loss / batch_images
     (loss * run.processes.count).backward()  # the parallel network divides by it
     run.optimizer.step()
     # To None, not 0: with --compile the next step overwrites the memory that they lie in.

@@ -301,6 +301,21 @@ def test_batches_are_mixed_as_often_as_asked():
         assert np.mean(draws) == pytest.approx(0.3, abs=0.08)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_is_not_rounded_to_bf16(dtype, monkeypatch):
+    """As the logits are, and as it would be without autocast, or with a GPU's."""
+    seen, cross_entropy = [], F.cross_entropy
+    monkeypatch.setattr(
+        train.F,
+        "cross_entropy",
+        lambda x, *a, **k: seen.append(x.dtype) or cross_entropy(x, *a, **k),
+    )
+    run = bare_run(torch.nn.Linear(4, 3), precision="fp32" if dtype == torch.float32 else "bf16")
+    run.compiled = lambda x: seen.append(run.network(x).dtype) or run.network(x)
+    train.train_step(run, torch.ones(6, 4), torch.arange(6) % 3)
+    assert seen == [dtype, torch.float32]
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_images_are_mixed_in_the_networks_precision(name, dtype):
     seen = []
