@@ -104,13 +104,15 @@ WITH = {
     ),
     "mixup": Switch({"mix": "mixup"}, "MixUp, not CutMix", "Zhang et al. 2018, 1710.09412"),
     "unmixed": Switch({"mix": "none"}, "no CutMix", "Yun et al. 2019, 1905.04899"),
-    "affine": Switch({"augmentation": "affine"}, "turn and zoom", ""),
+    "affine": Switch({"augmentation": "affine"}, "rotation and scaling", ""),
     "cutout": Switch({"augmentation": "cutout"}, "cutout", "DeVries and Taylor 2017, 1708.04552"),
     "jitter": Switch({"augmentation": "jitter"}, "brightness, contrast,\nsaturation", ""),
-    "strong": Switch({"augmentation": "strong"}, "turn, zoom, cutout,\ncolour noise", ""),
+    "strong": Switch(
+        {"augmentation": "strong"}, "rotation, scaling, cutout,\ncolour augmentation", ""
+    ),
     "growing": Switch(
         {"augmentation": "strong", "augmentation_ramp": 0.5},
-        "turn, zoom, cutout, colour noise,\ngrowing over half the epochs",
+        "rotation, scaling, cutout, colours,\ngrowing over half the epochs",
         "",
     ),
     "lrn-at-work": Switch(

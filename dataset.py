@@ -347,15 +347,15 @@ AUGMENTATIONS = {  # what they change of the defaults of Augmentation
 class Augmentation:
     """Random changes of a training image.
 
-    flip: mirror it left to right with probability 1/2.
+    flip: flip it horizontally with probability 1/2.
     shift: move it by up to this many of its own 32x32 pixels, in each direction.
-    rotation: turn it by up to this many degrees, either way.
+    rotation: rotate it by up to this many degrees, either way.
     zoom: enlarge or reduce it by up to this factor, at least 1.
     cutout: hide a square of so many of its pixels a side, centred anywhere, by the mean colour
         (DeVries and Taylor 2017, arXiv 1708.04552, who hide 16x16 pixels of CIFAR-10's).
     jitter: multiply brightness, contrast and saturation by up to 1 + jitter, at least 1 - jitter.
     crop: cut a 227x227 window out of the image enlarged to 256x256, instead of a shift.
-    colours: [3, 3], the principal components that colour noise is made of, or None for no noise.
+    colours: [3, 3], the principal components of PCA colour augmentation (§4.1), or None for none.
     divisor: of the image without its mean and with its noise, which the 2012 source divides by
         1 + COLOUR_NOISE (convdata.py, get_next_batch).
     """
@@ -374,15 +374,15 @@ class Augmentation:
     def of(cls, name: str, images: Tensor) -> "Augmentation":
         """One of AUGMENTATIONS for uint8 training images [N, 3, H, W].
 
-        "strong" and "paper" (§4.1) have colour noise as well, made of these images' colours.
+        "strong" and "paper" (§4.1) have PCA colour augmentation as well, by these images' colours.
         """
         colours = principal_components(images) if name in ("strong", "paper") else None
         return cls(**AUGMENTATIONS[name], colours=colours)
 
     def at(self, strength: float) -> "Augmentation":
-        """This one with turns, zooms, squares and colours changed by a share of their size, 0..1.
+        """This one with rotation, scaling, cutout and colours at a share of their strength, 0..1.
 
-        Mirror images, shifts and crops stay as they are.
+        Flips, shifts and crops stay as they are.
         """
         return replace(
             self,
@@ -499,7 +499,7 @@ def crop_maps(corners: Tensor) -> Tensor:
 
 
 def view_maps() -> Tensor:
-    """[10, 2, 3] maps to the paper's ten views (§4.1): centre, four corners, their mirror images.
+    """[10, 2, 3] maps to the paper's ten views (§4.1): centre, four corners, their flips.
 
     The order is ours; the places are those of the 2012 source (convdata.py, start_positions). The
     centre of 29 spare pixels is not a whole one: it begins at 14.
@@ -518,7 +518,7 @@ def plain_map(preprocessing: Preprocessing) -> Tensor:
 
 
 def random_maps(n: int, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """[n, 2, 3] maps with a random mirror image and shift or crop, turn and zoom, on the CPU."""
+    """[n, 2, 3] maps with a random flip, shift or crop, rotation and scaling, on the CPU."""
     if augmentation.crop:
         corners = torch.randint(0, ENLARGED_SIZE - IMAGE_SIZE + 1, (n, 2), generator=generator)
         maps = crop_maps(corners)

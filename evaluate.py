@@ -143,7 +143,7 @@ def calibration(logits: Tensor, labels: Tensor) -> tuple[float, list[dict]]:
     index = torch.bucketize(confidence, edges[1:-1])
     count = index.bincount(minlength=CALIBRATION_BINS).tolist()
     sure = index.bincount(confidence, CALIBRATION_BINS).tolist()  # sums of confidence
-    right = index.bincount(correct, CALIBRATION_BINS).tolist()  # numbers of right answers
+    right = index.bincount(correct, CALIBRATION_BINS).tolist()  # numbers of correct predictions
     bins = [
         {
             "low": edges[i].item(),
@@ -410,7 +410,7 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         choices=(1, 10),
         default=1,
-        help="10: also the mean over four corners, centre, and their mirror images; default: 1",
+        help="10: also the mean over four corners, centre, and their horizontal flips; default: 1",
     )
     parser.add_argument(
         "--figures", action="store_true", help="draw more than the confusion matrix"

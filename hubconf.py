@@ -33,7 +33,7 @@ def _is_ours(module) -> bool:
 
 
 def alexnet(**settings):
-    """The network, a model.AlexNet, with first weights; settings are its."""
+    """The network, a model.AlexNet, with initial weights; settings are its."""
     with _own_modules():
         from model import AlexNet
     return AlexNet(**settings)

@@ -119,7 +119,7 @@ class AlexNet(nn.Module):
 
     @classmethod
     def first(cls, seed: int, init: str = "he", **settings) -> "AlexNet":
-        """The network with the first weights that this seed draws, the same at every call.
+        """The network with the initial weights that this seed draws, the same at every call.
 
         init is that of reset_parameters(), settings are those of AlexNet(). Seeds torch's own
         generator, so that what is drawn next is the same too. Raises ValueError as they do.

@@ -195,7 +195,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"evaluate a moving average of the weights; {recipe_defaults('ema')}",
     )
     add = parser.add_argument_group("network").add_argument
-    add("--init", choices=INITS, help=f"first weights and biases; {recipe_defaults('init')}")
+    add("--init", choices=INITS, help=f"initial weights and biases; {recipe_defaults('init')}")
     switches = {
         "groups": "2: the paper's two towers",
         "activation": "after conv1 to fc7",
@@ -214,7 +214,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
     add("--precision", choices=("auto", "fp32", "bf16"), help="auto: bf16 if fast; default: auto")
     add("--compile", action=flag, help="let torch.compile fuse the network; for GPUs")
-    add("--deterministic", action=flag, help="the same bits each time on an NVIDIA GPU too; slower")
+    add("--deterministic", action=flag, help="bit-identical runs on an NVIDIA GPU too; slower")
     add("--save-every", type=positive_float, metavar="MINUTES", help="save that often; default: 3")
     add("--tensorboard", action=flag, help="log to the run's folder for TensorBoard as well")
     where = run.add_mutually_exclusive_group()

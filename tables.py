@@ -71,11 +71,11 @@ def command_for(settings: dict) -> str:
     Without the seed and the other settings that do not make it another experiment.
     """
     settings = recorded_config(settings)
-    chosen = {name: settings[name] for name in ("recipe", "dataset", "optimizer")}
-    usual = {**new_config(chosen), "recipe": "modern", "dataset": "cifar10", "precision": "bf16"}
-    if settings["recipe"] == "modern":
-        usual["optimizer"] = None  # there is a choice, which is worth saying
-    ours = {**chosen, **settings}  # these three first
+    place = {name: settings[name] for name in ("recipe", "dataset")}
+    row = {**place, "optimizer": settings["optimizer"]}
+    usual = {**new_config(row), "recipe": "modern", "dataset": "cifar10", "precision": "bf16"}
+    usual["optimizer"] = new_config(place)["optimizer"]
+    ours = {**row, **settings}  # these three first
     others = {
         name: value
         for name, value in ours.items()

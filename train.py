@@ -165,7 +165,7 @@ def make_mix(config: dict, num_classes: int) -> Callable | None:
 def update_average(average: AlexNet, network: AlexNet, decay: float, step: int) -> None:
     """Moves the averaged weights towards the network's; step counts from 0.
 
-    At first it keeps less of itself, (1 + step) / (10 + step), or the first weights would stay in
+    At first it keeps less of itself, (1 + step) / (10 + step), or the initial weights would stay in
     it for longer than a short run has steps (as in TensorFlow's tf.train.ExponentialMovingAverage).
     No step waits for a GPU, as it would with torch.optim.swa_utils.AveragedModel.
     """
@@ -174,7 +174,7 @@ def update_average(average: AlexNet, network: AlexNet, decay: float, step: int) 
 
 
 def make_network(config: dict, num_classes: int) -> AlexNet:
-    """The network with a run's switches and first weights."""
+    """The network with a run's switches and initial weights."""
     switches = {name: config[name] for name in ("dropout", *CHOICES)}
     return AlexNet.first(config["seed"], config["init"], num_classes=num_classes, **switches)
 
@@ -260,8 +260,8 @@ class Run:
         self.epoch = 0  # epochs finished
         self.step = 0  # steps done in the epoch under way
         self.stopped_by = 0  # the signal that a process got, once all of them know of it
-        # This process's part of each step's mean loss, and its right answers, in the epoch under
-        # way. Their sums over all processes are the whole batch's.
+        # This process's part of each step's mean loss, and its correct predictions, in the epoch
+        # under way. Their sums over all processes are the whole batch's.
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.seconds = 0.0  # spent training in the epoch under way
@@ -468,7 +468,7 @@ def is_mixed(run: Run, global_step: int) -> bool:
 def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """One step of gradient descent, with this process's share of the batch.
 
-    Returns the share's part of the mean loss over the batch, and its number of right answers.
+    Returns the share's part of the mean loss over the batch, and its number of correct predictions.
     """
     global_step = run.epoch * run.steps_per_epoch + run.step
     batch_images = images_done(run, run.step + 1) - images_done(run, run.step)
