@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -424,6 +425,7 @@ class Worker:
 def delay_interrupts(delayed: bool) -> None:
     """Lets Ctrl-C wait until this is called again; Windows cannot do that."""
     if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # which the first process starts, and which ends a delay
         how = signal.SIG_BLOCK if delayed else signal.SIG_UNBLOCK
         signal.pthread_sigmask(how, {signal.SIGINT})
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -86,7 +87,8 @@ def test_interrupted_measurement_leaves_no_process():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to process groups")
-def test_interrupt_of_a_terminal_is_one_line(tmp_path):
+@pytest.mark.parametrize("seconds", [0, 0.05, 2])
+def test_interrupt_of_a_terminal_is_one_line(tmp_path, seconds):
     """Ctrl-C reaches the processes that measure as well, which are still importing."""
     options = ["--parts", "lrn", "--batch-sizes", "2", "--device", "cpu"]
     script = subprocess.Popen(
@@ -102,6 +104,7 @@ def test_interrupt_of_a_terminal_is_one_line(tmp_path):
     )
     while script.stdout.readline() != benchmark.TABLE_HEAD + "\n":
         assert script.poll() is None
+    time.sleep(seconds)
     os.killpg(script.pid, signal.SIGINT)
     _, error = script.communicate(timeout=120)
     assert script.returncode == 128 + signal.SIGINT

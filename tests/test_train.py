@@ -126,13 +126,20 @@ def test_step_waits_for_no_value(given, monkeypatch):
         run.check_losses()  # what is done once a second
 
 
+LATER_IDEAS = {"norm": "lrn-at-work", "dropout_scaling": "test"}
+# Of 188 steps the first 19, half of them.
+LATER_IDEAS |= {"mix": "cutmix", "mix_off": 0.9, "mix_probability": 0.5}
+
+
 @needs_gpu
 @pytest.mark.parametrize("compiled", [False, True])
-def test_steps_do_not_wait_for_a_gpu(compiled):
+@pytest.mark.parametrize(
+    "given", [{"ema": 0.99, "mix": "cutmix"}, LATER_IDEAS, {"recipe": "paper"}]
+)
+def test_steps_do_not_wait_for_a_gpu(given, compiled):
     """Not for values, nor for copies. The first four compile, record and fill caches."""
-    given = {"dataset": "shapes", "precision": "bf16", "ema": 0.99, "mix": "cutmix"}
-    given["compile"] = compiled
-    config = recipes.new_config(given)
+    config = recipes.new_config({"dataset": "shapes", "precision": "bf16", **given})
+    config["compile"] = compiled
     run = train.Run(Path("run"), config, dataset.draw_shapes(), torch.device("cuda"), Processes())
     arguments = run.train_split, run.preprocessing, run.augmentation, config["batch_size"], 0, 0
     try:
@@ -144,7 +151,8 @@ def test_steps_do_not_wait_for_a_gpu(compiled):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     run.check_losses()
-    assert run.losses[0].item() == pytest.approx(math.log(10), abs=0.1)
+    if config["init"] == "he":
+        assert run.losses[0].item() == pytest.approx(math.log(10), abs=0.1)
 
 
 # --- The paper's recipe -------------------------------------------------------------------------
