@@ -94,10 +94,16 @@ def test_plateau_divides_the_rate_by_ten(accuracies, divisions):
     assert train.plateau_rate(accuracies, 0.01) == pytest.approx(0.01 * 0.1**divisions)
 
 
+LATER_IDEAS = {"norm": "lrn-at-work", "dropout_scaling": "test"}
+# About half of the first 19 of 188 steps.
+LATER_IDEAS |= {"mix": "cutmix", "mix_off": 0.9, "mix_probability": 0.5}
+
+
 @pytest.mark.parametrize(
     "given",
     [
         {"optimizer": "sgd", "augmentation": "jitter"},
+        LATER_IDEAS,
         {"optimizer": "adamw", "ema": 0.99, "mix": "cutmix", "label_smoothing": 0.1},
         {"optimizer": "adam", "mix": "mixup", "augmentation": "strong"},
         {"recipe": "paper"},
@@ -124,11 +130,6 @@ def test_step_waits_for_no_value(given, monkeypatch):
     assert run.losses.is_meta
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         run.check_losses()  # what is done once a second
-
-
-LATER_IDEAS = {"norm": "lrn-at-work", "dropout_scaling": "test"}
-# Of 188 steps the first 19, half of them.
-LATER_IDEAS |= {"mix": "cutmix", "mix_off": 0.9, "mix_probability": 0.5}
 
 
 @needs_gpu
