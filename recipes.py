@@ -99,7 +99,7 @@ DEFAULTS = {
 }
 # What runs did before an option existed, whatever the recipes have now.
 BEFORE = {**DEFAULTS, **ORIGINAL, "nesterov": False}
-# Mixes pairs of images and their labels, in every batch, with one share (CutMix: one rectangle) for
+# Mixes pairs of images and their labels in a batch, with one share (CutMix: one rectangle) for
 # all its pairs; alpha is torchvision's 1, as in both papers for CIFAR.
 MIXES = {
     "none": None,

@@ -309,7 +309,7 @@ def test_jitter_leaves_the_other_random_numbers_of_an_epoch(shapes, monkeypatch)
     assert torch.equal(with_jitter[1], plain[1])
 
 
-# --- The paper's crops, views and colour noise (§4.1) -------------------------------------------
+# --- The paper's crops, views and PCA colour augmentation (§4.1) --------------------------------
 
 
 @pytest.fixture(scope="module")
