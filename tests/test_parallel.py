@@ -93,7 +93,7 @@ def stopped(tmp_path_factory):
 
 
 def test_gradient_of_two_processes_is_that_of_the_whole_batch(stopped, monkeypatch):
-    """After one step SGD's momentum is the gradient plus the weight decay of the initial weights."""
+    """After one step the momentum is the gradient plus the weight decay of the initial weights."""
     last = torch.load(stopped / "run" / "last.pt")
     assert (last["epoch"], last["progress"]["step"]) == (0, 1)
     momenta = [state["momentum_buffer"] for state in last["optimizer"]["state"].values()]
