@@ -8,7 +8,6 @@ its checkpoints, which would be 700 MB each.
 """
 
 import argparse
-import contextlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +19,11 @@ from dataset import DATASETS, DEFAULT_DATA_DIR
 from parallel import Processes
 from utils import (
     DAMAGE_ERRORS,
-    UNFINISHED,
     OneLineParser,
     StopRequest,
     UserError,
     atomic_write,
+    finished_names,
     keep_freed_memory,
     positive_int,
     read_csv,
@@ -192,7 +191,7 @@ def train_run(run_dir: Path, settings: dict, stop: StopRequest) -> None:
     if not outcome(run_dir, settings["epochs"]):
         known = (run_dir / "config.json").exists()
         settings = {**settings, "resume" if known else "output_dir": run_dir}
-        with contextlib.closing(train.prepare(settings, Processes())) as run:
+        with train.prepare(settings, Processes()) as run:
             try:
                 train.train(run, stop)
             except train.DivergedError as error:
@@ -223,7 +222,7 @@ def claim_folder(folder: Path, settings: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
-    found = {entry.name for entry in folder.iterdir() if not entry.name.startswith(UNFINISHED)}
+    found = finished_names(folder)
     if found and path.name not in found:
         raise UserError(f"--output-dir {folder} is not empty; name another folder")
     if len(found) > 1 and settings != read_settings(path, settings):

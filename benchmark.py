@@ -415,12 +415,6 @@ class Worker:
             raise result
         return result
 
-    def finish(self) -> int | None:
-        """Ends the process. Returns its peak memory in MiB."""
-        memory = self.ask("stop")
-        self.process.join()
-        return memory
-
 
 def delay_interrupts(delayed: bool) -> None:
     """Lets Ctrl-C wait until this is called again; Windows cannot do that."""
@@ -459,6 +453,14 @@ def ask_all(workers: list[Worker], messages: list) -> list:
     return [worker.answer() for worker in workers]
 
 
+def finish(workers: list[Worker]) -> list[int | None]:
+    """Ends the processes. Returns the peak memory of each in MiB."""
+    memory = ask_all(workers, ["stop"] * len(workers))
+    for worker in workers:
+        worker.process.join()
+    return memory
+
+
 def measure(cases: list[Case], rounds: int) -> list[dict]:
     """A row for each case but the products, measured in turns."""
     with started(cases) as workers:
@@ -466,7 +468,7 @@ def measure(cases: list[Case], rounds: int) -> list[dict]:
         for _ in range(rounds):
             for worker in workers:
                 worker.seconds.append(worker.ask("turn"))
-        memory = [worker.finish() for worker in workers]
+        memory = finish(workers)
     peaks = {
         worker.case.precision: [count / s for s in worker.seconds]
         for worker, count in zip(workers, operations, strict=True)
@@ -583,16 +585,14 @@ def measure_growth(precision: str, device: torch.device) -> Iterator[dict]:
 def measure_together(workers: list[Worker]) -> dict:
     """Time of a step, and memory, of processes that share its batch."""
     count = len(workers)
-    ask_all(workers, places(count))
+    ask_all(workers, environments(count))
     seconds = [max(ask_all(workers, ["turn"] * count)) for _ in range(3)]
-    memory = ask_all(workers, ["stop"] * count)
-    for worker in workers:
-        worker.process.join()
+    memory = finish(workers)
     total = None if None in memory else sum(memory)
     return {"seconds": statistics.median(seconds), "peak_memory_mib": total}
 
 
-def places(count: int) -> list[dict]:
+def environments(count: int) -> list[dict]:
     """The environment variables that torchrun would give to each of so many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -629,7 +629,7 @@ def measure_operations(precision: str, batch_size: int, device: torch.device) ->
 def print_operations(rows: list[dict], batch_size: int) -> None:
     """The profiler's operations, the slowest first."""
     total = sum(row["milliseconds"] for row in rows) or 1.0  # a profiler may see nothing
-    print(f"\nby operation: {total:,.4g} ms, training step at batch {batch_size} in the profiler")
+    print(f"\nby operation: {short(total)} ms, training step at batch {batch_size} in the profiler")
     for row in rows[:OPERATIONS_SHOWN]:
         share = row["milliseconds"] / total
         print(
@@ -644,24 +644,19 @@ def growth_line(row: dict) -> str:
     return (
         f"{row['processes']} process{'es' if row['processes'] > 1 else ''}, "
         f"batch {row['batch_size']}: {row['seconds']:.4g} s, "
-        f"{row['batch_size'] / row['seconds']:,.4g} images/s{memory}"
+        f"{short(row['batch_size'] / row['seconds'])} images/s{memory}"
     )
 
 
 def table_line(row: dict) -> str:
     """A side of a comparison under TABLE_HEAD, with spread."""
     name = f"{PARTS[row['part']]}: {side_name(row)}"
-    rate, low, high = map(short, row["images_per_second"])
-    ratio = row["times_the_textbook"]
+    rates = "{} ({} to {})".format(*map(short, row["images_per_second"]))
+    ratios = "{:.2f} ({:.2f} to {:.2f})".format(*row["times_the_textbook"])
     share = row.get("share_of_peak")
+    shares = "{:.0%} ({:.0%} to {:.0%})".format(*share) if share else ""
     memory = f"{row['peak_memory_mib']:,} MiB" if row["peak_memory_mib"] else ""
-    return (
-        f"{name:<46}{row['batch_size']:>6}  "
-        f"{f'{rate} ({low} to {high})':<25}  "
-        f"{f'{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})':<22}"
-        f"{memory:>10}  "
-        f"{f'{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})' if share else '':<16}"
-    )
+    return f"{name:<46}{row['batch_size']:>6}  {rates:<25}  {ratios:<22}{memory:>10}  {shares:<16}"
 
 
 def short(number: float) -> str:

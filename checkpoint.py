@@ -148,7 +148,7 @@ def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
 
 
 def check_dicts(content: dict, *names: str) -> None:
-    """Raises TypeError if a part of a checkpoint that has parts itself is none."""
+    """Raises TypeError unless these parts of a checkpoint are dictionaries."""
     for name in names:
         if not isinstance(content[name], dict):
             raise TypeError(f"{name} is not a dictionary")
@@ -212,21 +212,21 @@ def check_progress(
     check_dicts(content, "progress", "optimizer")
     check_dicts(content["optimizer"], "state")
     progress, epoch = content["progress"], content["epoch"]
-    if not isinstance(progress["history"], list):
+    history, step = progress["history"], progress["step"]
+    if not isinstance(history, list):
         raise TypeError("its history is no list")
-    if type(progress["step"]) is not int or not 0 <= progress["step"] <= steps_per_epoch:
+    if type(step) is not int or not 0 <= step <= steps_per_epoch:
         raise ValueError("it has no such step")
-    if len(progress["history"]) != epoch:
+    if len(history) != epoch:
         raise ValueError(f"its history is not one of {epoch!a:.40} epochs")
-    may_be_none = {"peak_memory_mib"}  # unknown on some systems
-    if not validated:
-        may_be_none |= VALIDATION
-        if any(row[name] is not None for row in progress["history"] for name in VALIDATION):
-            raise ValueError("its history has validations, and the run has none")
+    absent = set() if validated else VALIDATION
+    if any(row[name] is not None for row in history for name in absent):
+        raise ValueError("its history has validations, and the run has none")
     numbers = [progress["seconds"]]
-    for row in progress["history"]:
-        values = {name: row[name] for name in columns}
-        numbers += [v for name, v in values.items() if v is not None or name not in may_be_none]
+    for row in history:
+        numbers += [row[name] for name in columns if name not in absent | {"peak_memory_mib"}]
+        if row["peak_memory_mib"] is not None:  # unknown on some systems
+            numbers.append(row["peak_memory_mib"])
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
         raise ValueError("its history is not made of numbers")
 

@@ -176,11 +176,9 @@ def data_dir_of(training: dict) -> Path:
 
 
 def _make_data_dir(data_dir: Path) -> None:
-    if data_dir == Path(DEFAULT_DATA_DIR):
+    if data_dir == Path(DEFAULT_DATA_DIR) and not data_dir.exists():
         try:
             data_dir.mkdir(exist_ok=True)
-        except FileExistsError:
-            pass  # a file, which is refused below
         except OSError as error:
             raise UserError(f"cannot make the folder {data_dir}: {error.strerror}") from None
     if not data_dir.is_dir():
@@ -200,27 +198,28 @@ def _has_cifar10(data_dir: Path) -> bool:
     complete = True
     for name, md5 in checksums.items():
         path = data_dir / CIFAR10.base_folder / name
-        if not path.exists():
+        if path.exists():
+            _check_whole(path, md5)
+        else:
             complete = False
-        elif not _is_whole(path, md5):
-            raise UserError(f"{path} is damaged (its MD5 is not {md5}); delete it and run again")
     return complete
 
 
-def _is_whole(path: Path, md5: str) -> bool:
+def _check_whole(path: Path, md5: str) -> None:
+    """Raises UserError for a file that is damaged or cannot be read."""
     try:
-        return check_integrity(path, md5)
+        whole = check_integrity(path, md5)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not whole:
+        raise UserError(f"{path} is damaged (its MD5 is not {md5}); delete it and run again")
 
 
 def _fetch_cifar10(data_dir: Path) -> None:
     """Unpacks the archive in data_dir, or else a downloaded one, and puts the files in place."""
     archive = data_dir / CIFAR10.filename
-    if archive.exists() and not _is_whole(archive, CIFAR10.tgz_md5):
-        raise UserError(
-            f"{archive} is damaged (its MD5 is not {CIFAR10.tgz_md5}); delete it and run again"
-        )
+    if archive.exists():
+        _check_whole(archive, CIFAR10.tgz_md5)
     if not os.access(data_dir, os.W_OK):
         raise UserError(
             f"{data_dir} is not writable, and not all of {CIFAR10.base_folder} is in it; unpack "
@@ -380,10 +379,7 @@ class Augmentation:
         return cls(**AUGMENTATIONS[name], colours=colours)
 
     def at(self, strength: float) -> "Augmentation":
-        """This one with rotation, scaling, cutout and colours at a share of their strength, 0..1.
-
-        Flips, shifts and crops stay as they are.
-        """
+        """This one with all but flips, shifts and crops at a share of its strength, 0..1."""
         return replace(
             self,
             rotation=self.rotation * strength,
@@ -602,28 +598,27 @@ def training_batches(
     that one of several processes takes; it may be empty in the last one.
     """
     generator = torch.Generator().manual_seed(mix_seeds(seed, epoch))
-    n, device = len(split.labels), split.images.device
-    order = torch.randperm(n, generator=generator).to(device)
-    maps = random_maps(n, augmentation, generator).to(device)
-    noise = None
+    n, size, side = len(split.labels), split.images.shape[-1], augmentation.cutout
+    drawn = {  # for each image, in this order
+        "place": torch.randperm(n, generator=generator),
+        "map": random_maps(n, augmentation, generator),
+    }
     if augmentation.colours is not None:
-        noise = random_colours(augmentation.colours, n, generator).to(device)
-    side, size = augmentation.cutout, split.images.shape[-1]
-    squares = random_squares(n, side, size, generator).to(device) if side else None
-    jitter = augmentation.jitter
-    factors = random_jitter(n, jitter, generator).to(device) if jitter else None
+        drawn["noise"] = random_colours(augmentation.colours, n, generator)
+    if side:
+        drawn["corner"] = random_squares(n, side, size, generator)
+    if augmentation.jitter:
+        drawn["factors"] = random_jitter(n, augmentation.jitter, generator)
+    drawn = {name: values.to(split.images.device) for name, values in drawn.items()}
     for start in range(first_step * batch_size, n, batch_size):
         batch = slice(start, start + batch_size)
-        index = order[batch][share]
-        batch_noise = None if noise is None else noise[batch][share]
-        hidden = None if squares is None else inside_squares(squares[batch][share], side, size)
-        small, divisor = split.images[index], augmentation.divisor
-        if factors is not None:
-            small = jittered(small, factors[batch][share])
-        yield (
-            resample(small, maps[batch][share], preprocessing, batch_noise, hidden, divisor),
-            split.labels[index],
-        )
+        mine = {name: values[batch][share] for name, values in drawn.items()}
+        images, labels = split.select(mine["place"])
+        if augmentation.jitter:
+            images = jittered(images, mine["factors"])
+        hidden = inside_squares(mine["corner"], side, size) if side else None
+        noise, divisor = mine.get("noise"), augmentation.divisor
+        yield resample(images, mine["map"], preprocessing, noise, hidden, divisor), labels
 
 
 def plain_batches(

@@ -244,7 +244,7 @@ def first_network(checkpoint: dict) -> AlexNet | None:
     seed, init = checkpoint["training"].get("seed"), checkpoint["training"].get("init", "he")
     if type(seed) is not int or not 0 <= seed < 2**63 or init not in INITS:
         return None
-    return AlexNet.first(seed, init, **checkpoint["model"])
+    return AlexNet.from_seed(seed, init, **checkpoint["model"])
 
 
 def one_of_each_class(labels: Tensor, count: int) -> Tensor:
@@ -352,7 +352,7 @@ def layer_outputs(
 def print_views(one: dict, ten: dict) -> None:
     """The two summaries side by side."""
     print(f"{'':<16}{'one view':<28}ten views")
-    texts = [f"{100 * s['accuracy']:.2f}% ({interval_text(s)})" for s in (one, ten)]
+    texts = [f"{s['accuracy']:.2%} ({interval_text(s)})" for s in (one, ten)]
     print(f"{'top-1 accuracy':<16}{texts[0]:<28}{texts[1]}")
     print(f"{'cross-entropy':<16}{one['loss']:<28.4f}{ten['loss']:.4f}")
     errors = [f"{100 * s['calibration_error']:.2f} points" for s in (one, ten)]

@@ -189,11 +189,12 @@ def speed(rows: list[dict], title: str) -> Figure:
         row["part"]: row["images_per_second"][0] for row in rows if row["side"] == "textbook"
     }
     ours = [row for row in rows if row["side"] != "textbook"]
+    colours = {row["precision"]: BLUE if row["precision"] == "fp32" else ORANGE for row in ours}
     figure = Figure(figsize=(9, 1.4 + 0.42 * len(ours)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(ours):
         median, low, high = row["times_the_textbook"]
-        colour = BLUE if row["precision"] == "fp32" else ORANGE
+        colour = colours[row["precision"]]
         error = [[median - low], [high - median]]
         axes.barh(place, median - 1, left=1, color=colour, xerr=error, capsize=3, alpha=0.85)
         rates = f"{textbook[row['part']]:,.0f} → {row['images_per_second'][0]:,.0f} images/s"
@@ -216,7 +217,6 @@ def speed(rows: list[dict], title: str) -> Figure:
     fastest = max(1, *(row["times_the_textbook"][2] for row in ours))
     axes.set_xlim(left, left * (fastest / left) ** 1.7)  # which leaves 40% for the longest's text
     axes.set_xlabel("times as fast, logarithmic (whiskers: slowest and fastest turn)")
-    colours = {row["precision"]: BLUE if row["precision"] == "fp32" else ORANGE for row in ours}
     meaning = [Patch(color=colour, label=name) for name, colour in colours.items()]
     axes.legend(handles=meaning, loc="lower right", fontsize=9)
     heading = f"Speed relative to the textbook script in float32\nBatch {batch_size}, {title}"
@@ -248,9 +248,10 @@ def growth(rows: list[dict], title: str) -> Figure:
         sizes = [row["batch_size"] for row in ours]
         rate = [row["batch_size"] / row["seconds"] for row in ours]
         memory = [(row["peak_memory_mib"] or math.nan) / 1024 for row in ours]
-        style = {"color": colour, "marker": marker, "markersize": 4}
-        rate_axes.plot(sizes, rate, label=f"{count} process{'es' * (count > 1)}", **style)
-        memory_axes.plot(sizes, memory, label=f"{count} process{'es' * (count > 1)}", **style)
+        label = f"{count} process{'es' * (count > 1)}"
+        style = {"color": colour, "marker": marker, "markersize": 4, "label": label}
+        rate_axes.plot(sizes, rate, **style)
+        memory_axes.plot(sizes, memory, **style)
     sizes = sorted({row["batch_size"] for row in rows})
     for axes, label in (
         (rate_axes, "training step (images/s)"),
@@ -467,6 +468,7 @@ def compared_curves(histories: dict[str, list[dict]], against: str = "epoch") ->
             (0..1) and minutes (from the start of training, without validation); at most four.
         against: "epoch" or "minutes".
     """
+    unit = {"epoch": "epoch", "minutes": "minutes of training"}[against]
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for (name, history), (colour, marker) in zip(histories.items(), SERIES, strict=False):
@@ -480,7 +482,7 @@ def compared_curves(histories: dict[str, list[dict]], against: str = "epoch") ->
         (loss_axes, "cross-entropy, logarithmic"),
         (accuracy_axes, "top-1 accuracy (%)"),
     ):
-        axes.set_xlabel({"epoch": "epoch", "minutes": "minutes of training"}[against])
+        axes.set_xlabel(unit)
         axes.set_ylabel(f"validation {label}")
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -489,7 +491,7 @@ def compared_curves(histories: dict[str, list[dict]], against: str = "epoch") ->
     loss_axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     loss_axes.yaxis.set_major_formatter("{x:g}")
     loss_axes.yaxis.set_minor_locator(NullLocator())
-    figure.suptitle(f"Validation by {against}" + " of training" * (against == "minutes"))
+    figure.suptitle(f"Validation by {unit}")
     figure.legend(*accuracy_axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 

@@ -1,9 +1,9 @@
 """Local response normalisation, max pooling and resampling for NVIDIA GPUs, in Triton.
 
 Activations are [N, C, H, W], channels last. Their kernels work on blocks of positions with all of
-their channels, so that LRN reads and writes every value once. torch.compile takes these operations
-as they are; a memory format that it promised is made sure of here, because its tracing errs with
-pixel_unshuffle.
+their channels, so that LRN reads and writes every value once. torch.compile calls these operations
+as they are. Each makes its input channels last first, even if torch.compile has said that it is:
+after pixel_unshuffle that can be wrong.
 """
 
 import functools

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# By its operations, which torch knows once, this one is the same for everybody.
+# Not gpu_kernels: it registers operations with torch, which a process can do only once.
 NAMES = {path.stem for path in HERE.glob("*.py")} - {"gpu_kernels", "hubconf"}
 
 dependencies = ["torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL"]

@@ -23,7 +23,7 @@ except ImportError:  # torch brings Triton where it can drive an NVIDIA GPU
 # source makes 55 by rounding up (layer.py, modulesX); PyTorch rounds down.
 IMAGE_SIZE = 227
 UNITS = 4096  # in fc6 and in fc7
-PIXEL_DEVIATION = 64  # about CIFAR-10's, of values from 0 to 255; standardised input is so divided
+PIXEL_DEVIATION = 64  # roughly, of CIFAR-10's values from 0 to 255: what standardising divides by
 INITS = ("he", "2012", "as-printed")
 # The switches: of each, first what the network of 2012 has (but it had two groups).
 CHOICES = {
@@ -99,26 +99,28 @@ class AlexNet(nn.Module):
         self.config = {"num_classes": num_classes, "dropout": dropout, **switches}
 
         self.activation = nn.ReLU() if activation == "relu" else nn.Tanh()
+        window = 3 if pooling == "overlapping" else 2
+        drop = nn.Dropout if dropout_scaling == "training" else _DropoutScaledInTest
         #                                                                    output for one image
         self.conv1 = _Conv1(3, 96, 11, stride=4)  # 96 x 55 x 55
         self.norm1 = _norm(norm, groups)
-        self.pool1 = _pool(pooling)  # 96 x 27 x 27
+        self.pool1 = _MaxPool2d(window)  # 96 x 27 x 27
         self.conv2 = nn.Conv2d(96, 256, 5, padding=2, groups=groups)  # 256 x 27 x 27
         self.norm2 = _norm(norm, groups)
-        self.pool2 = _pool(pooling)  # 256 x 13 x 13
+        self.pool2 = _MaxPool2d(window)  # 256 x 13 x 13
         self.conv3 = nn.Conv2d(256, 384, 3, padding=1)  # 384 x 13 x 13
         self.conv4 = nn.Conv2d(384, 384, 3, padding=1, groups=groups)  # 384 x 13 x 13
         self.conv5 = nn.Conv2d(384, 256, 3, padding=1, groups=groups)  # 256 x 13 x 13
-        self.pool5 = _pool(pooling)  # 256 x 6 x 6
+        self.pool5 = _MaxPool2d(window)  # 256 x 6 x 6
         self.fc6 = nn.Linear(256 * 6 * 6, UNITS)
-        self.drop6 = _dropout(dropout, dropout_scaling)
+        self.drop6 = drop(dropout)
         self.fc7 = nn.Linear(UNITS, UNITS)
-        self.drop7 = _dropout(dropout, dropout_scaling)
+        self.drop7 = drop(dropout)
         self.fc8 = nn.Linear(UNITS, num_classes)
         self.reset_parameters()
 
     @classmethod
-    def first(cls, seed: int, init: str = "he", **settings) -> "AlexNet":
+    def from_seed(cls, seed: int, init: str = "he", **settings) -> "AlexNet":
         """The network with the initial weights that this seed draws, the same at every call.
 
         init is that of reset_parameters(), settings are those of AlexNet(). Seeds torch's own
@@ -177,7 +179,7 @@ class AlexNet(nn.Module):
 
         Shape: float [N, 3, 227, 227] to [N, 4096]. Raises ValueError for images of another shape.
         """
-        if x.dim() != 4 or x.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+        if x.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(
                 f"AlexNet expects images of shape [N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], "
                 f"got {list(x.shape)}"
@@ -201,8 +203,7 @@ class AlexNet(nn.Module):
         def note(layer: nn.Module, _, output: Tensor) -> None:
             weights = sum(weight.numel() for weight in layer.parameters())
             # A filter's or a row's weights are used once at each place of the output.
-            places = math.prod(output.shape[2:]) if weights else 0
-            products = places * layer.weight.numel() if weights else 0
+            products = math.prod(output.shape[2:]) * layer.weight.numel() if weights else 0
             size = " x ".join(map(str, output.shape[1:]))
             rows.append((names[layer], size, weights, products))
 
@@ -271,14 +272,6 @@ class _DropoutScaledInTest(nn.Dropout):
         return (1 - self.p) * super().forward(x)
 
 
-def _dropout(p: float, scaling: str) -> nn.Module:
-    return nn.Dropout(p) if scaling == "training" else _DropoutScaledInTest(p)
-
-
-def _pool(name: str) -> nn.Module:
-    return _MaxPool2d(3 if name == "overlapping" else 2)
-
-
 # ---------------------------------------------------------------------------------------------
 # Local response normalisation
 # ---------------------------------------------------------------------------------------------
@@ -333,14 +326,14 @@ class LocalResponseNorm(nn.Module):
             raise ValueError(f"LocalResponseNorm expects shape [N, C, ...], got {list(a.shape)}")
         if a.shape[1] % self.groups:
             raise ValueError(f"{a.shape[1]} channels cannot be split into {self.groups} groups")
+        constants = self.size, self.alpha, self.beta, self.k, self.groups
         if _has_kernels(a, self.groups):
-            constants = self.size, self.alpha, self.beta, self.k, self.groups
             return gpu_kernels.local_response_norm(a, *constants)
         if not (a.is_contiguous() or a.movedim(1, -1).is_contiguous()):
             a = a.contiguous()  # the other two are cut into parts without a copy
         # A compiler differentiates and fuses the plain formula itself.
         apply = _normalise if torch.compiler.is_compiling() else _LocalResponseNorm.apply
-        return apply(a, self.size, self.alpha, self.beta, self.k, self.groups)
+        return apply(a, *constants)
 
     def extra_repr(self) -> str:
         text = f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
@@ -359,7 +352,7 @@ class _LocalResponseNorm(torch.autograd.Function):
         out = torch.empty_like(a)
         for a_part, out_part in _parts(groups, a, out):
             x = a_part.to(_at_least_float32(a))
-            torch.mul(x, _power(_divisor(x, size, alpha, k), -beta), out=out_part)
+            torch.mul(x, _power(_divisor(x, size, alpha, k), beta), out=out_part)
         return out
 
     @staticmethod
@@ -389,7 +382,7 @@ def _normalise(a: Tensor, size: int, alpha: float, beta: float, k: float, groups
     before, after = size // 2, (size - 1) // 2
     squares = F.pad(x * x, (0, 0) * (x.dim() - 2) + (before, after))
     energy = sum(squares.narrow(1, i, x.shape[1]) for i in range(size))
-    return (x * _power(energy * (alpha / size) + k, -beta)).to(a.dtype)
+    return (x * _power(energy * (alpha / size) + k, beta)).to(a.dtype)
 
 
 def _gradient(grad, a, size, alpha, beta, k):
@@ -400,7 +393,7 @@ def _gradient(grad, a, size, alpha, beta, k):
     """
     x = a.to(_at_least_float32(a))
     d = _divisor(x, size, alpha, k)
-    total = _power(d, -beta).mul_(grad.to(x.dtype))
+    total = _power(d, beta).mul_(grad.to(x.dtype))
     each = torch.div(total * x, d, out=d)
     factor = -2 * alpha * beta / size
     total.addcmul_(x, each, value=factor)
@@ -430,11 +423,12 @@ def _neighbours(channels: int, size: int) -> Iterator[tuple[slice, slice]]:
             yield neighbour, centre
 
 
-def _power(d: Tensor, exponent: float) -> Tensor:
-    if exponent == -0.75:  # several times faster than pow
+def _power(d: Tensor, beta: float) -> Tensor:
+    """d^-beta."""
+    if beta == 0.75:  # several times faster than pow
         root = d.rsqrt()
         return root * root.sqrt()
-    return d**exponent
+    return d**-beta
 
 
 def kernels_for(x: Tensor):

@@ -163,15 +163,14 @@ def main() -> int:
     args = parse_arguments()
     keep_freed_memory()
     classifier = Classifier.from_checkpoint(args.checkpoint, args.device)
+    wanted = list_pictures(args.pictures)
     names, pictures = [], []
-    refused = 0
-    for name in list_pictures(args.pictures):
+    for name in wanted:
         try:
             pictures.append(read_picture(name))
             names.append(name)
         except UserError as error:
             print(f"predict.py: skipped: {error}", file=sys.stderr)
-            refused += 1
     results = []
     if pictures:
         probabilities = classifier.probabilities(torch.stack(pictures))
@@ -187,7 +186,7 @@ def main() -> int:
     for name, result in zip(names, results, strict=True):  # last: head may stop it
         words = [f"{item['class']} {item['probability']:.1%}" for item in result[: args.top]]
         print(f"{name}: {', '.join(words)}")
-    return 1 if refused else 0
+    return 0 if len(names) == len(wanted) else 1
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from utils import (
     positive_float,
     positive_int,
     probability,
-    seed,
+    seed_number,
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ RECIPES = {  # the first row of a recipe and data set has the default optimizer
     ("modern", "shapes", "sgd"): {"epochs": 4, "lr": 0.01, **SGD, **MODERN, **SMALL},
     ("modern", "shapes", "adam"): {"epochs": 4, "lr": 1e-4, **ADAM, **MODERN, **SMALL},
     ("modern", "shapes", "adamw"): {"epochs": 4, "lr": 1e-4, **ADAMW, **MODERN, **SMALL},
-    # An hour on two CPU cores.
+    # One to 2 1/4 hours on two CPU cores with bf16.
     ("fast", "cifar10", "adam"): {"epochs": 8, "lr": 4e-4, **ADAM, **MODERN},
     ("paper", "cifar10", "sgd"): {"epochs": 90, "lr": 0.01, **SGD, **PAPER},  # §5
     ("paper", "shapes", "sgd"): {"epochs": 4, "lr": 1e-3, **SGD, **PAPER, **SMALL},
@@ -123,7 +123,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe", choices=RECIPE_NAMES, help="sets other defaults; default: modern"
     )
-    add = parser.add_argument_group("data").add_argument
+    data = parser.add_argument_group("data")
+    add, of_recipe = data.add_argument, partial(add_setting, data)
     add("--dataset", choices=DATASETS, help="shapes draws its own images; default: cifar10")
     add("--data-dir", help=f"where CIFAR-10 is or goes; default: {DEFAULT_DATA_DIR}")
     add(
@@ -132,70 +133,31 @@ def make_parser() -> argparse.ArgumentParser:
         help="full: train on the validation images too, once all choices are made; default: train",
     )
     add("--train-images", type=positive_int, metavar="N", help="use so many; default: all")
-    add(
-        "--input",
-        choices=INPUTS,
-        help=f"minus the mean, divided by the deviation or not; {recipe_defaults('input')}",
-    )
-    add(
-        "--augmentation",
-        choices=AUGMENTATIONS,
-        help=f"of training images, see docs/training.md; {recipe_defaults('augmentation')}",
-    )
-    add(
-        "--augmentation-ramp",
-        type=fraction,
-        help=f"share of the epochs in which it grows; {recipe_defaults('augmentation_ramp')}",
-    )
-    add("--mix", choices=MIXES, help=f"pairs of images; {recipe_defaults('mix')}")
-    add(
-        "--mix-probability",
-        type=probability,
-        help=f"of a batch to be mixed; {recipe_defaults('mix_probability')}",
-    )
-    add(
-        "--mix-off",
-        type=fraction,
-        help=f"share of the steps, the last, without it; {recipe_defaults('mix_off')}",
-    )
-    add(
-        "--label-smoothing",
-        type=fraction,
-        help=f"share of a label that all classes get; {recipe_defaults('label_smoothing')}",
-    )
-    add = parser.add_argument_group("learning").add_argument
-    add("--optimizer", choices=OPTIMIZERS, help="default: sgd, adam for fast")
-    add("--epochs", type=positive_int, help=f"passes over the images; {recipe_defaults('epochs')}")
-    add("--batch-size", type=positive_int, help=f"images a step; {recipe_defaults('batch_size')}")
-    add("--lr", type=positive_float, help=f"the highest; {recipe_defaults('lr')}")
-    add("--momentum", type=fraction, help=f"of sgd; {recipe_defaults('momentum')}")
-    add("--nesterov", action=flag, help=f"Nesterov's, of sgd; {recipe_defaults('nesterov')}")
-    add(
-        "--weight-decay",
-        type=non_negative_float,
-        help=f"of weights; {recipe_defaults('weight_decay')}",
-    )
+    of_recipe("input", "minus the mean, divided by the deviation or not", choices=INPUTS)
+    of_recipe("augmentation", "of training images, see docs/training.md", choices=AUGMENTATIONS)
+    of_recipe("augmentation_ramp", "share of the epochs in which it grows", type=fraction)
+    of_recipe("mix", "pairs of images", choices=MIXES)
+    of_recipe("mix_probability", "of a batch to be mixed", type=probability)
+    of_recipe("mix_off", "share of the steps, the last, without it", type=fraction)
+    of_recipe("label_smoothing", "share of a label that all classes get", type=fraction)
+    learning = parser.add_argument_group("learning")
+    of_recipe = partial(add_setting, learning)
+    learning.add_argument("--optimizer", choices=OPTIMIZERS, help="default: sgd, adam for fast")
+    of_recipe("epochs", "passes over the images", type=positive_int)
+    of_recipe("batch_size", "images a step", type=positive_int)
+    of_recipe("lr", "the highest", type=positive_float)
+    of_recipe("momentum", "of sgd", type=fraction)
+    of_recipe("nesterov", "Nesterov's, of sgd", action=flag)
+    of_recipe("weight_decay", "of weights", type=non_negative_float)
     factor = {"type": non_negative_float, "metavar": "FACTOR"}
-    add("--bias-lr-factor", **factor, help=f"times --lr; {recipe_defaults('bias_lr_factor')}")
-    add(
-        "--bias-decay-factor",
-        **factor,
-        help=f"times --weight-decay; {recipe_defaults('bias_decay_factor')}",
-    )
-    add(
-        "--schedule",
-        choices=("cosine", "plateau"),
-        help=f"how the learning rate falls; {recipe_defaults('schedule')}",
-    )
-    add("--warm-up", type=fraction, help=f"share of cosine's steps; {recipe_defaults('warm_up')}")
-    add(
-        "--ema",
-        type=fraction,
-        metavar="DECAY",
-        help=f"evaluate a moving average of the weights; {recipe_defaults('ema')}",
-    )
-    add = parser.add_argument_group("network").add_argument
-    add("--init", choices=INITS, help=f"initial weights and biases; {recipe_defaults('init')}")
+    of_recipe("bias_lr_factor", "times --lr", **factor)
+    of_recipe("bias_decay_factor", "times --weight-decay", **factor)
+    of_recipe("schedule", "how the learning rate falls", choices=("cosine", "plateau"))
+    of_recipe("warm_up", "share of cosine's steps", type=fraction)
+    average = "evaluate a moving average of the weights"
+    of_recipe("ema", average, type=fraction, metavar="DECAY")
+    of_recipe = partial(add_setting, parser.add_argument_group("network"))
+    of_recipe("init", "initial weights and biases", choices=INITS)
     switches = {
         "groups": "2: the paper's two towers",
         "activation": "after conv1 to fc7",
@@ -204,13 +166,11 @@ def make_parser() -> argparse.ArgumentParser:
         "dropout_scaling": "when dropout's factor is applied",
     }
     for name, what in switches.items():
-        kind = type(CHOICES[name][0])
-        text = f"{what}; {recipe_defaults(name)}"
-        add(as_option(name), type=kind, choices=CHOICES[name], help=text)
-    add("--dropout", type=fraction, help=f"after fc6 and fc7; {recipe_defaults('dropout')}")
+        of_recipe(name, what, type=type(CHOICES[name][0]), choices=CHOICES[name])
+    of_recipe("dropout", "after fc6 and fc7", type=fraction)
     run = parser.add_argument_group("run")
     add = run.add_argument
-    add("--seed", type=seed, help="of weights, order, augmentation, dropout; default: 0")
+    add("--seed", type=seed_number, help="of weights, order, augmentation, dropout; default: 0")
     add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
     add("--precision", choices=("auto", "fp32", "bf16"), help="auto: bf16 if fast; default: auto")
     add("--compile", action=flag, help="let torch.compile fuse the network; for GPUs")
@@ -223,36 +183,36 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_setting(group, name: str, what: str, **how) -> None:
+    """Adds the option of a setting whose default is the recipe's."""
+    group.add_argument(as_option(name), help=f"{what}; {recipe_defaults(name)}", **how)
+
+
 def recipe_defaults(name: str) -> str:
     """For --help: the option's default, and which rows of RECIPES have another."""
-    values = {key: recipe[name] for key, recipe in RECIPES.items() if name in recipe}
-    first = values["modern", "cifar10", "sgd"]
-    texts = [str(first)]
-    for value in dict.fromkeys(values.values()):
-        where = " and ".join(
-            telling_options({key for key in values if values[key] == value}, values)
-        )
-        texts += [f"{value} with {where}"] if value != first else []
-    return f"default: {', '.join(texts)}"
+    rows_with = {}  # for each value the rows that have it
+    for row, recipe in RECIPES.items():
+        if name in recipe:
+            rows_with.setdefault(recipe[name], set()).add(row)
+    all_rows = set.union(*rows_with.values())
+    default, *others = rows_with
+    texts = [f"default: {default}"]
+    texts += [f"{value} with {in_words(rows_with[value], all_rows)}" for value in others]
+    return ", ".join(texts)
 
 
-def telling_options(keys: set, all_keys: Iterable) -> list[str]:
-    """Recipes, data sets or optimizers that tell these rows of RECIPES from all others.
-
-    The rows in full if there are none that do.
-    """
-    names = ("--recipe", "--dataset", "--optimizer")
-    options = {
-        f"{name} {key[place]}": {other for other in all_keys if other[place] == key[place]}
-        for key in sorted(keys)
-        for place, name in enumerate(names)
-    }
-    chosen, covered = [], set()
-    for option, rows in sorted(options.items(), key=lambda pair: -len(pair[1])):
-        if rows <= keys and not rows <= covered:
-            chosen.append(option)
-            covered |= rows
-    return chosen if covered == keys else [" ".join(key) for key in sorted(keys)]
+def in_words(rows: set, all_rows: set) -> str:
+    """These rows of RECIPES by as few options as tell them from all others, else in full."""
+    rows_with = {}  # for each option the rows that have it
+    for row in sorted(all_rows):
+        for option, value in zip(("--recipe", "--dataset", "--optimizer"), row, strict=True):
+            rows_with.setdefault(f"{option} {value}", set()).add(row)
+    words, left = [], set(rows)
+    for option in sorted(rows_with, key=lambda option: -len(rows_with[option])):
+        if rows_with[option] <= rows and rows_with[option] & left:
+            words.append(option)
+            left -= rows_with[option]
+    return " and ".join([" ".join(row) for row in sorted(rows)] if left else words)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -351,14 +311,13 @@ def recorded_config(settings: dict) -> dict:
     """
     # In the record's order, so that a resumed run's files are the same to the byte.
     config = settings | {name: BEFORE[name] for name in BEFORE if name not in settings}
-    always = ["optimizer", "epochs", "lr", "weight_decay"]
+    always = {"epochs", "lr", "weight_decay"}
     if config["optimizer"] == "sgd":
-        always.append("momentum")
+        always.add("momentum")
     else:
         del config["nesterov"]
-    missing = [name for name in always if name not in config]
-    if missing:
-        raise KeyError(missing[0])
+    if missing := always - config.keys():
+        raise KeyError(min(missing))
     check_config(config)
     return config
 

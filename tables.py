@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from figures import speed_name
 from recipes import BEFORE, as_command_line, new_config, recorded_config
 from utils import OneLineParser, UserError, atomic_write, read_csv, read_history, run_script
 
@@ -216,9 +217,7 @@ def speed_rows(
     for part in ("loop", "step", "inference", "lrn", "pipeline"):
         for row in rows:
             if row["part"] == part and row["side"] in sides:
-                name = row["name"] if part == "pipeline" else f"{row['name']}, {row['precision']}"
-                name += ", compiled" if row["side"] == "compiled" else ""
-                yield name, textbook[part], row
+                yield speed_name(row), textbook[part], row
 
 
 def speed_table() -> str:
@@ -311,11 +310,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only say which are out of date")
     args = parser.parse_args()
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    stale = [page for page in pages if fill(page) != page.read_text()]
-    for page in stale:
+    stale = {page: text for page in pages if (text := fill(page)) != page.read_text()}
+    for page, text in stale.items():
         if not args.check:
             with atomic_write(page) as temporary:
-                temporary.write_text(fill(page))
+                temporary.write_text(text)
         print(f"{'out of date' if args.check else 'wrote'}: {page.relative_to(ROOT)}")
     return 1 if stale and args.check else 0
 

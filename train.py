@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,6 @@ from recipes import (
 )
 from utils import (
     DAMAGE_ERRORS,
-    UNFINISHED,
     FolderLock,
     StopRequest,
     UserError,
@@ -68,6 +67,7 @@ from utils import (
     compiled,
     device_name,
     environment,
+    finished_names,
     first_line,
     is_compiler_error,
     keep_freed_memory,
@@ -176,7 +176,7 @@ def update_average(average: AlexNet, network: AlexNet, decay: float, step: int) 
 def make_network(config: dict, num_classes: int) -> AlexNet:
     """The network with a run's switches and initial weights."""
     switches = {name: config[name] for name in ("dropout", *CHOICES)}
-    return AlexNet.first(config["seed"], config["init"], num_classes=num_classes, **switches)
+    return AlexNet.from_seed(config["seed"], config["init"], num_classes=num_classes, **switches)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def free_run_dir(config: dict, output_dir: Path | None) -> Path:
         name = f"{config['dataset']}-{optimizer if recipe == 'modern' else recipe}"
         names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
         return next(path for path in (Path("runs", each) for each in names) if not path.exists())
-    if output_dir.exists() and (not output_dir.is_dir() or holds_something(output_dir)):
+    if output_dir.exists() and (not output_dir.is_dir() or finished_names(output_dir)):
         raise UserError(
             f"--output-dir {output_dir} is not empty; go on with a run in it by "
             f"--resume {output_dir}, or name another folder"
@@ -214,11 +214,6 @@ def free_run_dir(config: dict, output_dir: Path | None) -> Path:
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"cannot write to {output_dir}: {there} is not a writable folder")
     return output_dir
-
-
-def holds_something(folder: Path) -> bool:
-    """Whether a folder has more in it than what a killed process had begun to write."""
-    return any(not path.name.startswith(UNFINISHED) for path in folder.iterdir())
 
 
 class DivergedError(UserError):
@@ -305,9 +300,7 @@ class Run:
 
     def keep_best(self) -> None:
         """Remembers the network as it is now as the best so far."""
-        checkpoint = self.checkpoint()
-        copies = {name: weight.clone() for name, weight in checkpoint["weights"].items()}
-        self.best = {**checkpoint, "weights": copies}
+        self.best = copy.deepcopy(self.checkpoint())
 
     def save_best(self) -> None:
         """Writes best.pt if there is a new best."""
@@ -324,8 +317,7 @@ class Run:
         """
         self.save_best()
         self.check_losses()
-        if not self.is_finite():
-            raise self.diverged("a weight became NaN or infinite", self.step)
+        self.check_weights()
         progress = {
             "step": self.step,
             "losses": self.processes.sum(self.losses),
@@ -349,9 +341,10 @@ class Run:
         """Whether the last save is longer ago than --save-every."""
         return time.monotonic() - self.last_save > 60 * self.config["save_every"]
 
-    def is_finite(self) -> bool:
-        """Whether no weight is NaN or infinite. Waits for the device."""
-        return all(weight.isfinite().all() for weight in self.network.parameters())
+    def check_weights(self) -> None:
+        """Raises UserError if a weight is NaN or infinite. Waits for the device."""
+        if not all(weight.isfinite().all() for weight in self.network.parameters()):
+            raise self.diverged("a weight became NaN or infinite", self.step)
 
     def check_losses(self) -> None:
         """Raises UserError if a loss of this epoch is NaN or infinite. Waits for the device."""
@@ -377,43 +370,46 @@ class Run:
         """Goes back to where last.pt was written. Raises UserError if it does not fit the run."""
         path = self.dir / "last.pt"
         network, _, content = load_network(path)
-        recorded = {**{name: BEFORE.get(name) for name in self.config}, **content["training"]}
-        for name in recorded:
-            value = self.config.get(name)
-            if name not in CHANGEABLE and recorded[name] != value:
+        recorded = content["training"]
+        for name in self.config | recorded:
+            found, value = recorded.get(name, BEFORE.get(name)), self.config.get(name)
+            if name not in CHANGEABLE and found != value:
                 raise UserError(f"{path} is not of this run: its {name!a:.40} is not {value}")
         try:
-            validated = self.val_split is not None
-            check_progress(content, self.steps_per_epoch, (*METRICS, *TIMING), validated)
-            self.evaluated.load_state_dict(network.state_dict())
-            if self.average:
-                check_dicts(content, "weights_in_training")
-                for name, weight in self.network.state_dict().items():
-                    weight.copy_(fitting_tensor(content["weights_in_training"][name], weight))
-            settings = self.optimizer.state_dict()["param_groups"]
-            state = fitting_state(content["optimizer"]["state"], self.optimizer)
-            self.optimizer.load_state_dict({"state": state, "param_groups": settings})
-            progress = content["progress"]
-            self.epoch, self.step = content["epoch"], progress["step"]
-            if self.is_first:
-                self.losses.copy_(progress["losses"])
-                self.correct.copy_(progress["correct"])
-            self.seconds, self.history = progress["seconds"], progress["history"]
+            self.restore(network, content)
         except DAMAGE_ERRORS as error:
             raise UserError(f"{path} cannot be resumed from ({first_line(error)})") from None
-        if self.epoch > self.config["epochs"]:
+        epochs, before = self.config["epochs"], recorded["epochs"]
+        if self.epoch > epochs:
             raise UserError(
-                f"--epochs {self.config['epochs']} is less than the {self.epoch} that "
-                f"{self.dir} already has"
+                f"--epochs {epochs} is less than the {self.epoch} that {self.dir} already has"
             )
-        changed = content["training"]["epochs"] != self.config["epochs"]
         follow = ["the learning rate"] if self.config["schedule"] == "cosine" else []
         follow += ["the growth of augmentation"] if self.config["augmentation_ramp"] else []
-        if changed and follow:
+        if epochs != before and follow:
             self.say(
-                f"{self.config['epochs']} epochs instead of {content['training']['epochs']}: "
+                f"{epochs} epochs instead of {before}: "
                 f"from here {' and '.join(follow)} will be as for the new length"
             )
+
+    def restore(self, network: AlexNet, content: dict) -> None:
+        """Takes what save() wrote. Raises one of DAMAGE_ERRORS for what does not fit the run."""
+        validated = self.val_split is not None
+        check_progress(content, self.steps_per_epoch, (*METRICS, *TIMING), validated)
+        self.evaluated.load_state_dict(network.state_dict())
+        if self.average:
+            check_dicts(content, "weights_in_training")
+            for name, weight in self.network.state_dict().items():
+                weight.copy_(fitting_tensor(content["weights_in_training"][name], weight))
+        settings = self.optimizer.state_dict()["param_groups"]
+        state = fitting_state(content["optimizer"]["state"], self.optimizer)
+        self.optimizer.load_state_dict({"state": state, "param_groups": settings})
+        progress = content["progress"]
+        self.epoch, self.step = content["epoch"], progress["step"]
+        self.seconds, self.history = progress["seconds"], progress["history"]
+        if self.is_first:  # these are the sums over all processes
+            self.losses.copy_(progress["losses"])
+            self.correct.copy_(progress["correct"])
 
     def write_config(self, earlier_starts: list) -> None:
         """Writes config.json: the settings, and what the run was started and resumed with."""
@@ -505,7 +501,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 def train(run: Run, stop: StopRequest) -> None:
     """Trains until all epochs are done or a stop is requested; either way the run is saved."""
-    while run.epoch < run.config["epochs"] and not run.stopped_by:
+    while run.epoch < run.config["epochs"]:
         train_epoch(run, stop)
         if run.stopped_by:
             break  # an epoch that is over will be validated by whoever goes on with it
@@ -556,15 +552,17 @@ def train_epoch(run: Run, stop: StopRequest) -> None:
 
 def finish_epoch(run: Run) -> None:
     """Validates, notes the epoch in the run's folder and keeps the network if it is the best."""
-    images = len(run.train_split.labels)
-    val_loss, val_accuracy = validate(run) if run.val_split else (None, None)
-    if run.val_split and not math.isfinite(val_loss):
-        raise run.diverged(f"the validation loss became {val_loss}", run.step)
-    if not run.val_split and not run.is_finite():
-        raise run.diverged("a weight became NaN or infinite", run.step)
+    if run.val_split:
+        val_loss, val_accuracy = validate(run)
+        if not math.isfinite(val_loss):
+            raise run.diverged(f"the validation loss became {val_loss}", run.step)
+        improved = all(val_accuracy > row["val_accuracy"] for row in run.history)
+        validation = f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}; "
+    else:
+        run.check_weights()
+        val_loss, val_accuracy, improved, validation = None, None, True, ""
     train_loss, train_accuracy = running_metrics(run)
     last_rate = rate_now(run, (run.epoch + 1) * run.steps_per_epoch - 1)
-    improved = not run.val_split or all(val_accuracy > row["val_accuracy"] for row in run.history)
     run.epoch += 1
     row = {
         "epoch": run.epoch,
@@ -575,20 +573,17 @@ def finish_epoch(run: Run) -> None:
         "val_loss": val_loss,
         "val_accuracy": val_accuracy,
         "seconds": round(run.seconds, 2),
-        "images_per_second": round(images / run.seconds, 1),
+        "images_per_second": round(len(run.train_split.labels) / run.seconds, 1),
         "peak_memory_mib": peak_memory_mib(run.device),
     }
     run.history.append(row)
-    if run.is_first and improved:
-        run.keep_best()
     run.step, run.seconds = 0, 0.0
     run.losses.zero_()
     run.correct.zero_()
     if run.is_first:
+        if improved:
+            run.keep_best()
         run.write_history()
-    validation = (
-        f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}; " if run.val_split else ""
-    )
     run.say(
         f"epoch {run.epoch}/{run.config['epochs']}: "
         f"training loss {train_loss:.4f}, accuracy {train_accuracy:.2%}; "
@@ -625,8 +620,8 @@ def running_metrics(run: Run) -> tuple[float, float]:
 class Progress:
     """Shows how an epoch goes: a bar on a terminal, a line now and then elsewhere."""
 
-    TIMED_STEPS = 8  # after which the time that the run will take is told
-    WARM_UP_STEPS = 2  # of these, slow ones at the start
+    WARM_UP_STEPS = 2  # slow ones at the start
+    TOLD_AFTER = 8  # steps, of which all but those tell how long the run will take
 
     def __init__(self, run: Run):
         self.run = run
@@ -659,15 +654,14 @@ class Progress:
 
     def advance(self) -> None:
         """Moves the bar to the step that is done."""
-        if not self.bar.disable:
-            self.bar.update(images_done(self.run, self.run.step) - self.bar.n)
+        self.bar.update(images_done(self.run, self.run.step) - self.bar.n)
 
     def is_due(self) -> bool:
         """Whether there is something to show, for which the device must wait."""
         if not self.run.is_first:
             return False
         steps = self.run.step - self.first_step
-        if not self.run.told_time and steps in (self.WARM_UP_STEPS, self.TIMED_STEPS):
+        if not self.run.told_time and steps in (self.WARM_UP_STEPS, self.TOLD_AFTER):
             return True
         return time.monotonic() - self.last_shown > self.interval
 
@@ -676,7 +670,7 @@ class Progress:
         steps = self.run.step - self.first_step
         if steps == self.WARM_UP_STEPS:
             self.warmed_up = time.monotonic()
-        if steps == self.TIMED_STEPS and not self.run.told_time:
+        if steps == self.TOLD_AFTER and not self.run.told_time:
             self.tell_time()
         if time.monotonic() - self.last_shown > self.interval:
             self.show_metrics(loss, accuracy)
@@ -697,7 +691,7 @@ class Progress:
         """Says how long the run will take, from the time of its first steps."""
         run = self.run
         run.told_time = True
-        timed_steps = self.TIMED_STEPS - self.WARM_UP_STEPS
+        timed_steps = self.TOLD_AFTER - self.WARM_UP_STEPS
         step_seconds = (time.monotonic() - self.warmed_up) / timed_steps
         steps_left = run.total_steps - run.epoch * run.steps_per_epoch - run.step
         epochs_left = run.config["epochs"] - run.epoch
@@ -734,11 +728,9 @@ def evaluate_command(run: Run) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def prepare(given: dict, processes: Processes) -> Run:
-    """A new run, or a stopped one loaded; nothing is written before all of it is known.
-
-    To be closed with Run.close().
-    """
+@contextlib.contextmanager
+def prepare(given: dict, processes: Processes) -> Iterator[Run]:
+    """A new run, or a stopped one loaded; nothing is written before all of it is known."""
     given = dict(given)
     resume, output_dir = given.pop("resume", None), given.pop("output_dir", None)
     if processes.max_restarts and not (resume or output_dir):
@@ -763,10 +755,9 @@ def prepare(given: dict, processes: Processes) -> Run:
     run = Run(run_dir, config, load_data(config, processes), device, processes)
     try:
         open_folder(run, earlier_starts, output_dir, resume)
-    except BaseException:
+        yield run
+    finally:
         run.close()
-        raise
-    return run
 
 
 def check_shares(config: dict, processes: Processes) -> None:
@@ -906,7 +897,7 @@ def main() -> int:
     keep_freed_memory()
     processes = Processes()
     try:
-        with contextlib.closing(prepare(vars(arguments), processes)) as run:
+        with prepare(vars(arguments), processes) as run:
             code = train_and_report(run)
         processes.disconnect()
     except RuntimeError as error:

@@ -13,7 +13,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def run_script(main) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends it without a traceback
         _exit_with_line("interrupted", 128 + signal.SIGINT)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+        if not _is_out_of_memory(error):
             raise
         advice = "free some, use --device cpu, or train with a smaller --batch-size"
         _exit_with_line(f"error: out of memory; {advice}", 2)
@@ -81,9 +82,11 @@ def _code_of(main) -> int | None:
         return stopped.code
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
     words = ("allocate memory", "ALLOC_FAILED", "out of memory")  # of CPUs, cuDNN, Apple's GPUs
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    return any(word in str(error) for word in words)
 
 
 def _exit_with_line(message: str, code: int) -> None:
@@ -152,36 +155,23 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number above 0."""
-    return _number(text, int, lambda value: value > 0, "a whole number above 0")
+def _number(kind: type, is_allowed: Callable, what: str, text: str) -> int | float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan  # in no range
+    if not is_allowed(value):
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+    return value
 
 
-def seed(text: str) -> int:
-    """An argparse type: a whole number that torch takes as a seed."""
-    return _number(
-        text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to below 2^63"
-    )
-
-
-def positive_float(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
-
-
-def non_negative_float(text: str) -> float:
-    """An argparse type: a finite number of at least 0."""
-    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
-
-
-def fraction(text: str) -> float:
-    """An argparse type: a number of at least 0 and below 1."""
-    return _number(text, float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
-
-
-def probability(text: str) -> float:
-    """An argparse type: a number from 0 to 1."""
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+# Argparse types: functions of the text that the user gave.
+positive_int = partial(_number, int, lambda n: n > 0, "a whole number above 0")
+seed_number = partial(_number, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to below 2^63")
+positive_float = partial(_number, float, lambda x: 0 < x < math.inf, "a number above 0")
+non_negative_float = partial(_number, float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+fraction = partial(_number, float, lambda x: 0 <= x < 1, "a number of at least 0 and below 1")
+probability = partial(_number, float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
 
 def output_file(text: str) -> Path:
@@ -192,16 +182,6 @@ def output_file(text: str) -> Path:
     if path.exists() and not path.is_file():
         raise argparse.ArgumentTypeError(f"{path} is not a file")
     return path
-
-
-def _number(text: str, kind, is_allowed, what: str):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan  # in no range
-    if not is_allowed(value):
-        raise argparse.ArgumentTypeError(f"{text} is not {what}")
-    return value
 
 
 # ---------------------------------------------------------------------------------------------
@@ -387,7 +367,7 @@ def write_csv(path: Path, columns: Iterable[str], rows: list[dict]) -> None:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """The rows of a CSV file as text, none if it is not there. Raises UserError if it is none."""
+    """A CSV file's rows as text, none if it is not there. Raises UserError if it is damaged."""
     if not path.exists():
         return []
     try:
@@ -415,6 +395,11 @@ def read_history(run_dir: Path) -> list[dict]:
     except (OSError, LookupError, ValueError, TypeError):
         pass
     raise UserError(f"{run_dir} has no validated epochs; name the folders of runs of train.py")
+
+
+def finished_names(folder: Path) -> set[str]:
+    """What is in a folder, but for what a killed process had begun to write."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(UNFINISHED)}
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -460,7 +460,7 @@ def test_full_split_trains_on_the_validation_images(tiny, capsys, monkeypatch):
 
 def test_full_split_is_training_and_validation_images(tiny):
     given = {"dataset": "shapes", "train_split": "full", "device": "cpu", "output_dir": Path("run")}
-    with contextlib.closing(train.prepare(given, Processes())) as run:
+    with train.prepare(given, Processes()) as run:
         shapes = dataset.draw_shapes()
         for ours, *parts in zip(run.train_split, shapes.train, shapes.val, strict=True):
             assert torch.equal(ours, torch.cat(parts))
