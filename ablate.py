@@ -125,7 +125,7 @@ WITH = {
     "half-mixed": Switch(
         {"mix": "cutmix", "mix_probability": 0.5},
         "CutMix in half of\nthe batches",
-        "Yun et al. 2019, 1905.04899",
+        "clovaai/CutMix-PyTorch,\nits command for CIFAR-100",
     ),
     "mix-off": Switch(
         {"mix": "cutmix", "mix_off": 0.15}, "CutMix, but not in the\nlast 15% of the steps", ""
