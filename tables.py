@@ -206,11 +206,14 @@ def tried_table() -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def speed_rows(
-    batch_size: int, compiled: bool, file: str = "cpu.json"
-) -> Iterable[tuple[str, dict, dict]]:
-    """For each part of the benchmark its name, the textbook's numbers and this project's."""
-    rows = json.loads((RESULTS / "speed" / file).read_text())["rows"]
+def speed_rows(batch_size: int, compiled: bool, *files: str) -> Iterable[tuple[str, dict, dict]]:
+    """For each part of the benchmark its name, the textbook's numbers and this project's.
+
+    Of files in results/speed, which have different parts.
+    """
+    rows = []
+    for file in files:
+        rows += json.loads((RESULTS / "speed" / file).read_text())["rows"]
     rows = [row for row in rows if row["batch_size"] == batch_size]
     textbook = {row["part"]: row for row in rows if row["side"] == "textbook"}
     sides = ("here", "compiled") if compiled else ("here",)
@@ -223,7 +226,8 @@ def speed_rows(
 def speed_table() -> str:
     """Batch 128, in short."""
     rows = [
-        [name, *rates(textbook, here)] for name, textbook, here in speed_rows(128, compiled=False)
+        [name, *rates(textbook, here)]
+        for name, textbook, here in speed_rows(128, False, "cpu.json")
     ]
     header = [
         "",
@@ -234,10 +238,10 @@ def speed_table() -> str:
     return markdown(header, rows)
 
 
-def long_speed_table(batch_size: int, file: str = "cpu.json") -> str:
+def long_speed_table(batch_size: int, *files: str) -> str:
     """With the compiled network, memory and the share of the machine's peak."""
     rows = []
-    for name, textbook, here in speed_rows(batch_size, compiled=True, file=file):
+    for name, textbook, here in speed_rows(batch_size, True, *files):
         memory = f"{textbook['peak_memory_mib']:,} / {here['peak_memory_mib']:,} MiB"
         share = here.get("share_of_peak")
         peak = f"{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})" if share else ""
@@ -283,10 +287,10 @@ TABLES = {
     "time": time_table,
     "tried": tried_table,
     "speed": speed_table,
-    "speed-128": lambda: long_speed_table(128),
-    "speed-32": lambda: long_speed_table(32),
+    "speed-128": lambda: long_speed_table(128, "cpu.json"),
+    "speed-32": lambda: long_speed_table(32, "cpu.json"),
     "speed-no-bf16": lambda: long_speed_table(128, "no-bf16.json"),
-    "speed-h200": lambda: long_speed_table(128, "h200-128.json"),
+    "speed-h200": lambda: long_speed_table(128, "h200-128.json", "h200-parts.json"),
     "speed-h200-1024": lambda: long_speed_table(1024, "h200.json"),
     "operations": operations_table,
 }
