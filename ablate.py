@@ -87,14 +87,13 @@ WITH = {
     "one-cycle": Switch({"warm_up": 0.3}, "one cycle", "Smith 2018, arXiv 1803.09820"),
     "half-rate": Switch({"lr_times": 0.5}, "half the learning rate", ""),
     "double-rate": Switch({"lr_times": 2}, "twice the learning rate", ""),
-    "quadruple-rate": Switch({"lr_times": 4}, "four times the\nlearning rate", ""),
     "nesterov": Switch({"nesterov": True}, "Nesterov momentum", "Sutskever et al. 2013, ICML"),
     "adamw": Switch(  # with a decay that is, over a run, as large as SGD's
         {"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.2},
         "AdamW",
         "Loshchilov and Hutter 2019,\n1711.05101",
     ),
-    "decay-0.001": Switch({"weight_decay": 1e-3}, "weight decay 0.001", ""),
+    "half-decay": Switch({"weight_decay": 2.5e-4}, "half the weight decay", ""),
     "half-batch": Switch(
         {"batch_times": 0.5, "lr_times": 0.5}, "half the batch,\nhalf the rate", ""
     ),
@@ -117,9 +116,9 @@ WITH = {
     "lrn-at-work": Switch(
         {"norm": "lrn-at-work"}, "LRN as strong as on\npixels from 0 to 255", "docs/accuracy.md"
     ),
-    "paper-dropout": Switch(
-        {"dropout_scaling": "test"},
-        "the paper's dropout: a lower\nrate in fc7 and fc8",
+    "inverted-dropout": Switch(  # with which the base's rate would be too high
+        {"dropout_scaling": "training", "lr_times": 0.5},
+        "PyTorch's dropout, half the rate",
         "docs/faithful.md, note 4",
     ),
     "half-mixed": Switch(

@@ -55,7 +55,7 @@ ORIGINAL = {
     "groups": 1,
 }
 MODERN = {**ORIGINAL}  # today's habits; what a search finds to be better goes in here
-ON_CIFAR10 = {"epochs": 200, "batch_size": 256, "mix": "cutmix"}  # of the best run, with SGD
+ON_CIFAR10 = {**MODERN, "epochs": 200, "batch_size": 256, "mix": "cutmix", "warm_up": 0.1}
 PAPER = {  # 2012
     **ORIGINAL,
     "init": "2012",  # 2012 source: layers/layers-145.cfg, layers-166.cfg
@@ -72,9 +72,9 @@ PAPER = {  # 2012
     "groups": 1,  # one GPU is enough today; the paper had 2 (§3.2)
 }
 RECIPES = {  # the first row of a recipe and data set has the default optimizer
-    ("modern", "cifar10", "sgd"): {"lr": 0.02, **SGD, **MODERN, **ON_CIFAR10},
-    ("modern", "cifar10", "adam"): {"lr": 2e-4, **ADAM, **MODERN, **ON_CIFAR10},
-    ("modern", "cifar10", "adamw"): {"lr": 2e-4, **ADAMW, **MODERN, **ON_CIFAR10},
+    ("modern", "cifar10", "sgd"): {"lr": 0.08, **SGD, **ON_CIFAR10, "dropout_scaling": "test"},
+    ("modern", "cifar10", "adam"): {"lr": 2e-4, **ADAM, **ON_CIFAR10},
+    ("modern", "cifar10", "adamw"): {"lr": 5e-4, "weight_decay": 0.2, **ON_CIFAR10},
     ("modern", "shapes", "sgd"): {"epochs": 4, "lr": 0.01, **SGD, **MODERN, **SMALL},
     ("modern", "shapes", "adam"): {"epochs": 4, "lr": 1e-4, **ADAM, **MODERN, **SMALL},
     ("modern", "shapes", "adamw"): {"epochs": 4, "lr": 1e-4, **ADAMW, **MODERN, **SMALL},
@@ -202,7 +202,7 @@ def recipe_defaults(name: str) -> str:
 
 
 def in_words(rows: set, all_rows: set) -> str:
-    """These rows of RECIPES by as few options as tell them from all others, else in full."""
+    """These rows of RECIPES by options that tell them from all others; in full where none does."""
     rows_with = {}  # for each option the rows that have it
     for row in sorted(all_rows):
         for option, value in zip(("--recipe", "--dataset", "--optimizer"), row, strict=True):
@@ -212,7 +212,7 @@ def in_words(rows: set, all_rows: set) -> str:
         if rows_with[option] <= rows and rows_with[option] & left:
             words.append(option)
             left -= rows_with[option]
-    return " and ".join([" ".join(row) for row in sorted(rows)] if left else words)
+    return " and ".join([*words, *(" ".join(row) for row in sorted(left))])
 
 
 # ---------------------------------------------------------------------------------------------

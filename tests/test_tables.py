@@ -17,7 +17,8 @@ PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "do
 EVALUATED = sorted(path.parent for path in (ROOT / "results").glob("*/test.json"))
 TRAINED = sorted(path.parent for path in (ROOT / "results").glob("*/metrics.csv"))
 # Of write_run's runs.
-COMMAND = "python train.py --epochs 9 --lr 0.125 --batch-size 128 --mix none"
+COMMAND = "python train.py --epochs 9 --lr 0.125 --batch-size 128 --mix none "
+COMMAND += "--warm-up 0.05 --dropout-scaling training"
 IMAGES = {"cifar10": 10_000, "shapes": 1_000}  # in the test splits
 
 
