@@ -105,6 +105,12 @@ def test_command_in_the_tables_has_the_settings_of_its_run(folder):
     assert {name: today[name] for name in names} == {name: settings[name] for name in names}
 
 
+def test_run_that_the_pages_call_the_default_is_it():
+    """A new default needs a new run."""
+    record = json.loads((ROOT / "results" / "cifar10-sgd" / "config.json").read_text())
+    assert tables.command_for(record["settings"]) == "python train.py --compile"
+
+
 def test_command_of_a_recipe_that_has_changed_says_what_it_was(monkeypatch):
     settings = new_config({"recipe": "fast"}) | {"precision": "bf16"}
     assert tables.command_for(settings) == "python train.py --recipe fast"
