@@ -359,7 +359,9 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--seeds", type=positive_int, default=3, metavar="N", help="runs of each; default: 3")
     add("--epochs", type=positive_int, default=20, help="of each run; default: 20")
-    add("--train-images", type=positive_int, metavar="N", help="use so many; default: all")
+    add(
+        "--train-images", type=positive_int, metavar="N", help="train on so many only; default: all"
+    )
     add("--ideas", choices=IDEAS, default="paper", help="the paper's or later ones; default: paper")
     add("--only", nargs="+", metavar="IDEA", help="of these; default: all of them")
     add("--recipe", choices=recipes.RECIPE_NAMES, help="default: that of the ideas")

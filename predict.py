@@ -1,4 +1,4 @@
-"""Says what is on pictures: python predict.py runs/cifar10-sgd/best.pt photo.jpg folder
+"""Says what is in pictures: python predict.py runs/cifar10-sgd/best.pt photo.jpg folder
 
 In a notebook:
 

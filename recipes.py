@@ -133,20 +133,24 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("train", "full"),
         help="full: train on the validation images too, once all choices are made; default: train",
     )
-    add("--train-images", type=positive_int, metavar="N", help="use so many; default: all")
-    of_recipe("input", "minus the mean, divided by the deviation or not", choices=INPUTS)
+    add(
+        "--train-images", type=positive_int, metavar="N", help="train on so many only; default: all"
+    )
+    of_recipe(
+        "input", "minus the mean; standardised: also divided by the deviation", choices=INPUTS
+    )
     of_recipe("augmentation", "of training images, see docs/training.md", choices=AUGMENTATIONS)
     of_recipe("augmentation_ramp", "share of the epochs in which it grows", type=fraction)
-    of_recipe("mix", "pairs of images", choices=MIXES)
-    of_recipe("mix_probability", "of a batch to be mixed", type=probability)
-    of_recipe("mix_off", "share of the steps, the last, without it", type=fraction)
+    of_recipe("mix", "pairs of images and their labels", choices=MIXES)
+    of_recipe("mix_probability", "probability that a batch is mixed", type=probability)
+    of_recipe("mix_off", "share of the steps, at the end, without mixing", type=fraction)
     of_recipe("label_smoothing", "share of a label that all classes get", type=fraction)
     learning = parser.add_argument_group("learning")
     of_recipe = partial(add_setting, learning)
     learning.add_argument("--optimizer", choices=OPTIMIZERS, help="default: sgd, adam for fast")
     of_recipe("epochs", "passes over the images", type=positive_int)
     of_recipe("batch_size", "images a step", type=positive_int)
-    of_recipe("lr", "the highest", type=positive_float)
+    of_recipe("lr", "the highest learning rate", type=positive_float)
     of_recipe("momentum", "of sgd", type=fraction)
     of_recipe("nesterov", "Nesterov's, of sgd", action=flag)
     of_recipe("weight_decay", "of weights", type=non_negative_float)
@@ -154,7 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     of_recipe("bias_lr_factor", "times --lr", **factor)
     of_recipe("bias_decay_factor", "times --weight-decay", **factor)
     of_recipe("schedule", "how the learning rate falls", choices=("cosine", "plateau"))
-    of_recipe("warm_up", "share of cosine's steps", type=fraction)
+    of_recipe("warm_up", "share of the steps in which cosine rises", type=fraction)
     average = "evaluate a moving average of the weights"
     of_recipe("ema", average, type=fraction, metavar="DECAY")
     of_recipe = partial(add_setting, parser.add_argument_group("network"))

@@ -118,12 +118,13 @@ def best_validation(run: dict) -> float | None:
     return max(accuracies, default=None)
 
 
-def results_table(left_out: Iterable[str] = ()) -> str:
-    """A row for each experiment on CIFAR-10 that was evaluated on the test split.
+def results_table(left_out: Iterable[str] = (), min_epochs: int = 0) -> str:
+    """A row for each experiment on CIFAR-10 of so many epochs that was evaluated on the test split.
 
     Without the columns that are left out, by their names in the table's head.
     """
-    groups = by_experiment([run for run in read_runs(RESULTS) if run["test"]])
+    runs = [run for run in read_runs(RESULTS) if run["settings"]["epochs"] >= min_epochs]
+    groups = by_experiment([run for run in runs if run["test"]])
     groups.sort(key=lambda group: -statistics.mean(run["test"]["accuracy"] for run in group))
     rows = []
     for group in groups:
@@ -283,7 +284,7 @@ def operations_table() -> str:
 
 TABLES = {
     "results": results_table,
-    "results-short": lambda: results_table(("ten views", "calibration error", "test loss")),
+    "results-short": lambda: results_table(("ten views", "calibration error", "test loss"), 8),
     "time": time_table,
     "tried": tried_table,
     "speed": speed_table,
