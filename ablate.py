@@ -36,8 +36,9 @@ from utils import (
 class Switch(NamedTuple):
     """What differs from the base, the name of the idea behind it, and what its source says.
 
-    The settings are those of train.py; lr_times and batch_times multiply the recipe's learning rate
-    and batch. They take away an idea of the paper, or add one that came later.
+    The settings are those of train.py; lr_times, batch_times and decay_times multiply the recipe's
+    learning rate, batch and weight decay. They take away an idea of the paper, or add one that came
+    later.
     """
 
     settings: dict
@@ -88,19 +89,19 @@ WITH = {
     "half-rate": Switch({"lr_times": 0.5}, "half the learning rate", ""),
     "double-rate": Switch({"lr_times": 2}, "twice the learning rate", ""),
     "nesterov": Switch({"nesterov": True}, "Nesterov momentum", "Sutskever et al. 2013, ICML"),
-    "adamw": Switch(  # its decay, over a run, is as large as SGD's with a rate of 0.02
-        {"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.2},
-        "AdamW",
+    "adamw": Switch(
+        {"optimizer": "adamw"},
+        "AdamW, with its own defaults",
         "Loshchilov and Hutter 2019,\n1711.05101",
     ),
-    "half-decay": Switch({"weight_decay": 2.5e-4}, "half the weight decay", ""),
+    "half-decay": Switch({"decay_times": 0.5}, "half the weight decay", ""),
     "half-batch": Switch(
         {"batch_times": 0.5, "lr_times": 0.5}, "half the batch,\nhalf the rate", ""
     ),
     "smoothing": Switch(
         {"label_smoothing": 0.1}, "label smoothing 0.1", "Szegedy et al. 2016, 1512.00567, §7"
     ),
-    "mixup": Switch({"mix": "mixup"}, "MixUp, not CutMix", "Zhang et al. 2018, 1710.09412"),
+    "mixup": Switch({"mix": "mixup"}, "MixUp, and no CutMix", "Zhang et al. 2018, 1710.09412"),
     "unmixed": Switch({"mix": "none"}, "no CutMix", "Yun et al. 2019, 1905.04899"),
     "affine": Switch({"augmentation": "affine"}, "rotation and scaling", ""),
     "cutout": Switch({"augmentation": "cutout"}, "cutout", "DeVries and Taylor 2017, 1708.04552"),
@@ -182,13 +183,20 @@ def run_settings(args: argparse.Namespace, name: str, seed: int) -> dict:
         changed["lr"] = base["lr"] * changed.pop("lr_times")
     if "batch_times" in changed:
         changed["batch_size"] = int(base["batch_size"] * changed.pop("batch_times"))
+    if "decay_times" in changed:
+        changed["weight_decay"] = base["weight_decay"] * changed.pop("decay_times")
     return {**settings, **changed}
 
 
 def train_run(run_dir: Path, settings: dict, stop: StopRequest) -> None:
-    """Trains one run, or goes on with it, unless it is over; a divergence is noted, not raised."""
+    """Trains one run, or goes on with it, unless it is over; a divergence is noted, not raised.
+
+    Raises UserError if the folder has a run with other settings.
+    """
+    known = (run_dir / "config.json").exists()
+    if known:
+        check_settings(run_dir, recipes.new_config(settings))
     if not outcome(run_dir, settings["epochs"]):
-        known = (run_dir / "config.json").exists()
         settings = {**settings, "resume" if known else "output_dir": run_dir}
         with train.prepare(settings, Processes()) as run:
             try:
@@ -202,6 +210,17 @@ def train_run(run_dir: Path, settings: dict, stop: StopRequest) -> None:
     if outcome(run_dir, settings["epochs"]):
         for checkpoint in ("last.pt", "best.pt"):
             (run_dir / checkpoint).unlink(missing_ok=True)
+
+
+def check_settings(run_dir: Path, today: dict) -> None:
+    """Raises UserError if the run would have other settings today; ideas and recipes may change."""
+    found, _ = recipes.resumed_config(run_dir, {})
+    names = today.keys() - recipes.CHANGEABLE - {"precision"}  # chosen by the hardware
+    if {name: found.get(name) for name in names} != {name: today[name] for name in names}:
+        raise UserError(
+            f"{run_dir} was trained with other settings than its idea has now; "
+            "name another --output-dir"
+        )
 
 
 def outcome(run_dir: Path, epochs: int) -> str:
@@ -293,8 +312,12 @@ def report(args: argparse.Namespace) -> None:
     ideas = compare(results, args.ideas)
     if ideas:
         source = {"paper": "the paper says", "modern": "source"}[args.ideas]
-        figure = figures.ablation(ideas, setting(args), source)
+        lost = sum((row["switch"], row["outcome"]) == (BASE, "diverged") for row in results)
+        title = setting(args) + (f"; the base diverged in {lost} of them" if lost else "")
+        figure = figures.ablation(ideas, title, source)
         figures.save_figure(figure, args.output_dir / "ablation.png")
+    finished = {(row["switch"], row["seed"]) for row in results if row["outcome"] == "finished"}
+    epochs = [row for row in epochs if (row["switch"], row["seed"]) in finished]
     errors = {"ReLU": error_curves(epochs, BASE), "tanh": error_curves(epochs, "tanh")}
     if all(errors.values()):
         figure = figures.training_errors(errors, setting(args))
@@ -311,18 +334,21 @@ def compare(results: list[dict], ideas: str) -> list[dict]:
     }
     compared = []
     for name, switch in IDEAS[ideas].items():
-        seeds = [row["seed"] for row in results if row["switch"] == name]
-        pairs = [(accuracy.get((BASE, seed)), accuracy.get((name, seed))) for seed in seeds]
+        ours = [row for row in results if row["switch"] == name]
+        pairs = [
+            (accuracy.get((BASE, row["seed"])), accuracy.get((name, row["seed"]))) for row in ours
+        ]
         differences = [
             sign * 100 * (other - base) for base, other in pairs if None not in (base, other)
         ]
-        if seeds:
+        if ours:
             compared.append(
                 {
                     "idea": switch.idea,
                     "claim": switch.claim,
                     "differences": differences,
-                    "diverged": len(seeds) - len(differences),
+                    "seeds": len(ours),
+                    "diverged": sum(row["outcome"] == "diverged" for row in ours),
                 }
             )
     return compared
@@ -375,17 +401,19 @@ def parse_arguments() -> argparse.Namespace:
         known = ", ".join(IDEAS[args.ideas])
         raise UserError(f"--only {unknown.pop()} is none of the ideas: {known}")
     args.recipe = args.recipe or args.ideas
-    configs, same = {}, []
+    configs = {}
     for name in names(args):
         try:
-            configs[name] = recipes.new_config(run_settings(args, name, 0))
+            config = recipes.new_config(run_settings(args, name, 0))
         except UserError as error:
             raise UserError(f"{name} does not fit: {error}; choose others with --only") from None
-        if name != BASE and configs[name] == configs[BASE]:
-            same.append(name)
-    if same and args.only:
-        raise UserError(f"{same[0]} is what the base has; choose others with --only")
-    args.only = [name for name in configs if name not in (BASE, *same)]
+        twin = next((other for other in configs if configs[other] == config), None)
+        if twin and args.only:
+            has = "the base has" if twin == BASE else f"{twin} is"
+            raise UserError(f"{name} is what {has}; choose others with --only")
+        if not twin:
+            configs[name] = config
+    args.only = [name for name in configs if name != BASE]
     return args
 
 

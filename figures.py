@@ -108,8 +108,9 @@ def ablation(ideas: list[dict], title: str, source: str = "the paper says") -> F
 
     Args:
         ideas: for each its name (idea), what its source says of it (claim), the accuracy with it
-            minus that without it in percentage points for each seed (differences), and the number
-            of seeds without a difference, because a run diverged (diverged).
+            minus that without it in percentage points for each seed with which it and the base
+            finished (differences), the number of its seeds (seeds), and how many of them diverged
+            (diverged).
         title: the setting.
         source: the heading of the claims.
     """
@@ -125,7 +126,7 @@ def ablation(ideas: list[dict], title: str, source: str = "the paper says") -> F
             axes.errorbar(mean, place - 0.15, xerr=deviation, fmt="D", color=ORANGE, capsize=4)
             label += f"\n{mean:+.1f}" + (f" ± {deviation:.1f}" if len(values) > 1 else "")
         if idea["diverged"]:
-            label += f"\n{idea['diverged']} of {len(values) + idea['diverged']} diverged"
+            label += f"\n{idea['diverged']} of {idea['seeds']} diverged"
         labels.append(label)
         notes.text(0, place, idea["claim"], va="center", fontsize=9)
     axes.axvline(0, color="black", linewidth=0.8)

@@ -386,6 +386,7 @@ class Run:
             )
         follow = ["the learning rate"] if self.config["schedule"] == "cosine" else []
         follow += ["the growth of augmentation"] if self.config["augmentation_ramp"] else []
+        follow += ["the end of mixing"] if self.config["mix_off"] else []
         if epochs != before and follow:
             self.say(
                 f"{epochs} epochs instead of {before}: "
@@ -793,6 +794,8 @@ def open_folder(
         remove_unfinished(run.dir)
     if resume and run.processes.from_first(lambda: has_checkpoint(run.dir)):
         run.load()
+    elif resume and run.is_first:
+        begin_anew(run)
     place = [run.epoch, run.step]
     if run.processes.highest(*place) != place:
         raise UserError(f"{run.dir} is not the same for all processes; is the folder shared?")
@@ -816,6 +819,15 @@ def has_checkpoint(run_dir: Path) -> bool:
             "overwrite what is there; start a new run"
         )
     return False
+
+
+def begin_anew(run: Run) -> None:
+    """Says that a run has nothing to go on from; the best network of its first start is kept."""
+    run.say(f"{run.dir} was not saved before it ended: it begins anew")
+    best = run.dir / "best.pt"
+    if best.exists():  # an error ended the run, after an epoch
+        kept = best.replace(run.dir / "best-before.pt")
+        run.say(f"its best network until then is now {kept}")
 
 
 def summary_writer_class() -> type:

@@ -122,6 +122,7 @@ def test_diverged_run_is_a_result(ablation, monkeypatch):
     assert (base["outcome"], diverged["outcome"]) == ("finished", "diverged")
     assert diverged["val_accuracy"] == ""
     assert "the loss became nan" in Path("out/tanh-0/diverged.txt").read_text()
+    assert not Path("out/relu-and-tanh.png").exists()
 
 
 def test_later_ideas_are_added_to_the_base_and_to_the_folder(ablation):
@@ -158,7 +159,25 @@ def test_differences_are_paired_by_seed(ideas, name, sign):
     [idea] = ablate.compare(results, ideas)
     assert idea["idea"] == ablate.IDEAS[ideas][name].idea
     assert idea["differences"] == pytest.approx([sign * 10, sign * -5])
-    assert idea["diverged"] == 1
+    assert (idea["diverged"], idea["seeds"]) == (1, 3)
+
+
+def test_diverged_base_is_not_held_against_an_idea():
+    results = [{"switch": "base", "seed": 0, "outcome": "diverged"}]
+    results += [{"switch": "half-rate", "seed": 0, "outcome": "finished", "val_accuracy": 0.5}]
+    [idea] = ablate.compare(results, "modern")
+    assert idea["differences"] == []
+    assert (idea["diverged"], idea["seeds"]) == (0, 1)
+
+
+def test_run_whose_idea_has_changed_is_not_taken_for_it(ablation, monkeypatch, capsys):
+    options = ("--ideas", "modern", "--seeds", 1, "--epochs", 1, "--only", "smoothing")
+    assert ablation(*options) == 0
+    assert ablation(*options) == 0
+    changed = ablate.Switch({"label_smoothing": 0.3}, "more", "")
+    monkeypatch.setitem(ablate.WITH, "smoothing", changed)
+    assert ablation(*options) == 2
+    assert "out/smoothing-0 was trained with other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -181,11 +200,13 @@ def test_idea_that_the_base_has_is_not_tried(ablation, monkeypatch, capsys):
     """The recipe of shapes has no CutMix that could be left out."""
     assert ablation("--ideas", "modern", "--only", "unmixed") == 2
     assert "unmixed is what the base has" in capsys.readouterr().err
+    assert ablation("--ideas", "modern", "--only", "half-rate", "inverted-dropout") == 2
+    assert "inverted-dropout is what half-rate is" in capsys.readouterr().err
     assert not Path("out").exists()
     monkeypatch.setattr(ablate, "train_run", lambda *_: None)
     assert ablation("--ideas", "modern", "--seeds", 1) == 0
     told = capsys.readouterr().out
-    assert f"run 1 of {len(ablate.WITH)}: base" in told  # one idea less, and the base
+    assert f"run 1 of {len(ablate.WITH) - 1}: base" in told  # two ideas less, and the base
     assert "mixup, seed 0" in told
     assert "unmixed" not in told
 

@@ -37,8 +37,8 @@ def test_figures_are_written_as_png(tmp_path):
 
 
 IDEAS = [
-    {"idea": "this", "claim": "helps", "differences": [2.0, 4.0], "diverged": 0},
-    {"idea": "that", "claim": "helps too", "differences": [], "diverged": 2},
+    {"idea": "this", "claim": "helps", "differences": [2.0, 4.0], "seeds": 2, "diverged": 0},
+    {"idea": "that", "claim": "helps too", "differences": [], "seeds": 2, "diverged": 2},
 ]
 
 

@@ -697,6 +697,14 @@ def test_augmentation_grows_over_the_first_epochs(tiny, monkeypatch):
     assert seen == [0, 7.5, 15, 15]
 
 
+def test_longer_run_says_what_follows_its_new_length(tiny, capsys):
+    options = "--mix cutmix --mix-off 0.5 --augmentation affine --augmentation-ramp 0.5"
+    assert tiny("--epochs", 1, *options.split(), "--output-dir", "run") == 0
+    assert tiny("--resume", "run", "--epochs", 2) == 0
+    what = "the learning rate and the growth of augmentation and the end of mixing"
+    assert f"2 epochs instead of 1: from here {what} will be as for the" in capsys.readouterr().out
+
+
 def test_training_metrics_are_means_over_the_images_of_an_epoch(tiny):
     """With a rate of nothing: those of the same weights, evaluated. Batches of 13, 13, 13 and 1."""
     options = "--batch-size 13 --lr 1e-30 --dropout 0 --augmentation none --precision fp32"
@@ -956,6 +964,15 @@ def test_nan_stops_the_run_and_keeps_the_best(tiny, monkeypatch, capsys):
     kept = torch.load("run/best.pt")
     assert kept["epoch"] == 1
     assert all(weight.isfinite().all() for weight in kept["weights"].values())
+
+    monkeypatch.setattr(train, "learning_rate", rate)
+    assert tiny("--resume", "run") == 0
+    told = capsys.readouterr().out
+    assert "begins anew" in told
+    assert "its best network until then is now run/best-before.pt" in told
+    before = torch.load("run/best-before.pt")
+    torch.testing.assert_close(before["weights"], kept["weights"], rtol=0, atol=0)
+    assert torch.load("run/last.pt")["epoch"] == 3
 
 
 def test_first_of_two_errors_is_told(tiny, monkeypatch, capsys):
