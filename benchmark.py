@@ -442,6 +442,7 @@ def started(cases: list[Case]) -> Iterator[list[Worker]]:
         for worker in workers:
             worker.process.join(5)
             worker.process.kill()  # in the middle of one long operation
+            worker.process.join()
         delay_interrupts(False)
 
 
