@@ -122,7 +122,31 @@ def test_diverged_run_is_a_result(ablation, monkeypatch):
     assert (base["outcome"], diverged["outcome"]) == ("finished", "diverged")
     assert diverged["val_accuracy"] == ""
     assert "the loss became nan" in Path("out/tanh-0/diverged.txt").read_text()
-    assert not Path("out/relu-and-tanh.png").exists()
+
+
+def test_diverged_run_does_not_shorten_the_papers_figure(monkeypatch, tmp_path):
+    results, epochs = [], []
+    for switch, seed, outcome, last in (
+        ("base", 0, "finished", 3),
+        ("tanh", 0, "finished", 3),
+        ("tanh", 1, "diverged", 1),
+    ):
+        results.append({"switch": switch, "seed": seed, "outcome": outcome, "val_accuracy": 0.5})
+        rows = [
+            {"switch": switch, "seed": seed, "epoch": i, "train_error": 0.5} for i in range(last)
+        ]
+        epochs += rows
+    drawn, draw = {}, figures.training_errors
+    monkeypatch.setattr(
+        figures,
+        "training_errors",
+        lambda errors, title: drawn.update(errors) or draw(errors, title),
+    )
+    monkeypatch.setattr(ablate, "collect", lambda args: (results, epochs))
+    common = {"ideas": "paper", "recipe": "paper", "dataset": "cifar10"}
+    args = SimpleNamespace(**common, train_images=None, epochs=3, seeds=2, output_dir=tmp_path)
+    ablate.report(args)
+    assert drawn == {"ReLU": [[0.5] * 3], "tanh": [[0.5] * 3]}
 
 
 def test_later_ideas_are_added_to_the_base_and_to_the_folder(ablation):
