@@ -119,9 +119,10 @@ def best_validation(run: dict) -> float | None:
 
 
 def results_table(left_out: Iterable[str] = (), min_epochs: int = 0) -> str:
-    """A row for each experiment on CIFAR-10 of so many epochs that was evaluated on the test split.
+    """A row for each experiment on CIFAR-10 that was evaluated on the test split.
 
-    Without the columns that are left out, by their names in the table's head.
+    Of those of at least min_epochs, without the columns that are left out, by their names in the
+    table's head.
     """
     runs = [run for run in read_runs(RESULTS) if run["settings"]["epochs"] >= min_epochs]
     groups = by_experiment([run for run in runs if run["test"]])
