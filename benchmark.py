@@ -416,23 +416,35 @@ class Worker:
         return result
 
 
-def delay_interrupts(delayed: bool) -> None:
-    """Lets Ctrl-C wait until this is called again; Windows cannot do that."""
-    if hasattr(signal, "pthread_sigmask"):
-        resource_tracker.ensure_running()  # which the first process starts, and which ends a delay
-        how = signal.SIG_BLOCK if delayed else signal.SIG_UNBLOCK
-        signal.pthread_sigmask(how, {signal.SIGINT})
+@contextlib.contextmanager
+def interrupts_delayed() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block, and never reaches processes started there.
+
+    On Windows it reaches them until they have imported what they need.
+    """
+    arrived = []
+    # Another thread, such as the progress bar's, is sent what the main one blocks.
+    handler = signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
+    set_blocked = getattr(signal, "pthread_sigmask", lambda how, signals: None)  # not on Windows
+    resource_tracker.ensure_running()  # which the first process starts, and which unblocks
+    set_blocked(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        set_blocked(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+        if arrived:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager
 def started(cases: list[Case]) -> Iterator[list[Worker]]:
     """A process for each case, all imports done; none outlives the block."""
     workers = []
-    delay_interrupts(True)  # inherited: Ctrl-C is not for them
     try:
-        for case in cases:
-            workers.append(Worker(case))
-        delay_interrupts(False)
+        with interrupts_delayed():
+            for case in cases:
+                workers.append(Worker(case))
         for worker in workers:
             worker.answer()
         yield workers
@@ -443,7 +455,6 @@ def started(cases: list[Case]) -> Iterator[list[Worker]]:
             worker.process.join(5)
             worker.process.kill()  # in the middle of one long operation
             worker.process.join()
-        delay_interrupts(False)
 
 
 def ask_all(workers: list[Worker], messages: list) -> list:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -109,6 +110,28 @@ def test_interrupt_of_a_terminal_is_one_line(tmp_path, seconds):
     _, error = script.communicate(timeout=120)
     assert script.returncode == 128 + signal.SIGINT
     assert error == "benchmark.py: interrupted\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no os.kill with SIGINT")
+def test_interrupt_waits_although_another_thread_takes_it():
+    """The progress bar's thread takes a signal that the main one blocks."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    over, finished = threading.Event(), threading.Event()
+    threading.Thread(target=over.wait).start()
+
+    def interrupt_within():
+        with benchmark.interrupts_delayed():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            finished.set()
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupt_within()
+    finally:
+        over.set()
+        signal.signal(signal.SIGINT, before)
+    assert finished.is_set()
 
 
 @pytest.mark.parametrize("side", ["textbook", "here"])
