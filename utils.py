@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import errno
 import json
 import math
 import os
@@ -100,15 +101,17 @@ def _exit_with_line(message: str, code: int) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line at once. If nobody reads it any more, StopRequest has heard so (SIGPIPE)."""
+    """Prints a line at once. If nobody can read it, StopRequest hears so (SIGPIPE, SIGHUP)."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a closed terminal
+            raise
         _drop_output()
 
 
 def _drop_output(stream=None) -> None:
-    """For when nobody reads the stream, by default stdout, any more, as head that has enough."""
+    """Sends the stream, by default stdout, to nowhere, as its reader has gone (head, for one)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
@@ -134,10 +137,15 @@ class StopRequest:
         if number == getattr(signal, "SIGHUP", None):
             for stream in self._on_terminal:  # which is gone: writing to it would be an error
                 _drop_output(stream)
-        if number == signal.SIGINT and "RANK" not in os.environ:  # torchrun has its own words
-            with contextlib.suppress(OSError):  # not print, in the middle of which this may be
-                os.write(2, b"\nstopping after this step; Ctrl-C again: at once, without saving\n")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._say_how_to_stop_at_once()
+
+    def _say_how_to_stop_at_once(self) -> None:
+        if "RANK" in os.environ:
+            return  # torchrun has its own words
+        with contextlib.suppress(OSError):  # not print, in the middle of which this may be
+            os.write(2, b"\nstopping after this step; Ctrl-C again: at once, without saving\n")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -384,9 +392,8 @@ def read_history(run_dir: Path) -> list[dict]:
     """
     try:
         history, seconds = [], 0.0
-        for row, time in zip(
-            read_csv(run_dir / "metrics.csv"), read_csv(run_dir / "timing.csv"), strict=True
-        ):
+        metrics, timing = (read_csv(run_dir / name) for name in ("metrics.csv", "timing.csv"))
+        for row, time in zip(metrics, timing, strict=False):  # the run may be between the two files
             seconds += float(time["seconds"])
             numbers = {name: float(row[name]) for name in ("epoch", "val_loss", "val_accuracy")}
             history.append({**numbers, "minutes": seconds / 60})

@@ -1,5 +1,7 @@
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,11 +9,13 @@ from conftest import ROOT, needs_gpu, run_python
 
 from utils import (
     OneLineParser,
+    StopRequest,
     UserError,
     atomic_write,
     autocast,
     make_deterministic,
     run_script,
+    say,
     seed_device,
     select_device,
     select_precision,
@@ -90,6 +94,34 @@ def test_second_interrupt_is_no_traceback(tmp_path):
     done = run_python(script, cwd=tmp_path)
     assert done.returncode == -signal.SIGINT
     assert done.stderr == "script.py: interrupted\n"
+
+
+def test_ctrl_c_after_another_signal_is_the_first(handlers_restored):
+    """One that stopped at once would lose what is about to be saved."""
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.signal == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="Windows has no such terminals")
+def test_line_to_a_terminal_that_was_closed_is_dropped(monkeypatch):
+    ours, theirs = os.openpty()
+    os.close(ours)
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        say("nobody reads this")
+        say("nor this")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+def test_line_to_a_full_disk_is_an_error(monkeypatch):
+    full = open("/dev/full", "w")  # noqa: SIM115 (closing it is an error too)
+    monkeypatch.setattr(sys, "stdout", full)
+    with pytest.raises(OSError, match="No space left"):
+        say("this would be lost")
 
 
 def test_programming_error_is_not_hidden():
