@@ -19,6 +19,7 @@ from dataset import DATASETS, DEFAULT_DATA_DIR
 from parallel import Processes
 from utils import (
     DAMAGE_ERRORS,
+    FolderLock,
     OneLineParser,
     StopRequest,
     UserError,
@@ -197,14 +198,15 @@ def train_run(run_dir: Path, settings: dict, stop: StopRequest) -> None:
     if known:
         check_settings(run_dir, recipes.new_config(settings))
     if not outcome(run_dir, settings["epochs"]):
-        settings = {**settings, "resume" if known else "output_dir": run_dir}
-        with train.prepare(settings, Processes()) as run:
+        where = "resume" if known else "output_dir"
+        with train.prepare({**settings, where: run_dir}, Processes()) as run:
             try:
                 train.train(run, stop)
             except train.DivergedError as error:
-                print(error, flush=True)
+                reason = str(error).partition("; ")[0]  # the rest is advice on a run of train.py
+                print(f"diverged: {reason}", flush=True)
                 with atomic_write(run_dir / DIVERGED) as temporary:
-                    temporary.write_text(f"{error}\n")
+                    temporary.write_text(f"{reason}\n")
             except RuntimeError as error:
                 raise train.explained(error) from None
     if outcome(run_dir, settings["epochs"]):
@@ -230,19 +232,25 @@ def outcome(run_dir: Path, epochs: int) -> str:
     return "finished" if len(read_csv(run_dir / "metrics.csv")) == epochs else ""
 
 
-def claim_folder(folder: Path, settings: dict) -> None:
-    """Makes the folder and notes what its runs have in common.
+def lock_folder(folder: Path) -> FolderLock:
+    """Makes the folder and keeps other processes out of it.
 
-    Raises UserError if it holds something else, or if it cannot be made.
+    Raises UserError if it cannot be made or another process has it.
     """
-    path = folder / "ablation.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+    return FolderLock(folder)
+
+
+def claim_folder(folder: Path, settings: dict) -> None:
+    """Notes what the folder's runs have in common. Raises UserError if it holds something else."""
+    path = folder / "ablation.json"
     found = finished_names(folder)
     if found and path.name not in found:
         raise UserError(f"--output-dir {folder} is not empty; name another folder")
+    # Before its first run the settings may still change.
     if len(found) > 1 and settings != read_settings(path, settings):
         raise UserError(
             f"--output-dir {folder} holds an ablation with other settings ({path}); "
@@ -252,7 +260,10 @@ def claim_folder(folder: Path, settings: dict) -> None:
 
 
 def read_settings(path: Path, settings: dict) -> dict:
-    """What the runs of an ablation have in common, if it can be read; settings are those now."""
+    """The settings that ablation.json records, those of its base only as far as today's has them.
+
+    {} if they cannot be read.
+    """
     try:
         # Once these were not noted, and the base had fewer settings and some that may change.
         found = {"ideas": "paper", "base": settings["base"], **json.loads(path.read_text())}
@@ -381,7 +392,9 @@ def setting(args: argparse.Namespace) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = OneLineParser(description="Train a base with and without ideas; compare.")
+    parser = OneLineParser(
+        description="Train a base, and the base with ideas added or taken away; compare."
+    )
     add = parser.add_argument
     add("--seeds", type=positive_int, default=3, metavar="N", help="runs of each; default: 3")
     add("--epochs", type=positive_int, default=20, help="of each run; default: 20")
@@ -389,7 +402,7 @@ def parse_arguments() -> argparse.Namespace:
         "--train-images", type=positive_int, metavar="N", help="train on so many only; default: all"
     )
     add("--ideas", choices=IDEAS, default="paper", help="the paper's or later ones; default: paper")
-    add("--only", nargs="+", metavar="IDEA", help="of these; default: all of them")
+    add("--only", nargs="+", metavar="IDEA", help="names of ideas; default: all")
     add("--recipe", choices=recipes.RECIPE_NAMES, help="default: that of the ideas")
     add("--dataset", choices=DATASETS, default="cifar10", help="default: cifar10")
     add("--data-dir", default=DEFAULT_DATA_DIR, help=f"default: {DEFAULT_DATA_DIR}")
@@ -417,15 +430,8 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    args = parse_arguments()
-    if Processes().count > 1:
-        raise UserError("ablate.py trains with one process; start it with python, not torchrun")
-    keep_freed_memory()
-    common = {name: getattr(args, name) for name in COMMON}
-    base = recipes.new_config(run_settings(args, BASE, 0))  # a recipe may change
-    common["base"] = {name: base[name] for name in base.keys() - {"seed"} - recipes.CHANGEABLE}
-    claim_folder(args.output_dir, common)
+def train_all(args: argparse.Namespace) -> int:
+    """Trains what is not over yet, with a report after each run. Returns the exit code."""
     stop = StopRequest()
     # Seed by seed, so that a comparison of everything comes early.
     runs = [(name, seed) for seed in range(args.seeds) for name in names(args)]
@@ -438,6 +444,22 @@ def main() -> int:
         report(args)
     print(f"the tables and pictures are in {args.output_dir}")
     return 0
+
+
+def main() -> int:
+    args = parse_arguments()
+    if Processes().count > 1:
+        raise UserError("ablate.py trains with one process; start it with python, not torchrun")
+    keep_freed_memory()
+    common = {name: getattr(args, name) for name in COMMON}
+    base = recipes.new_config(run_settings(args, BASE, 0))  # a recipe may change
+    common["base"] = {name: base[name] for name in base.keys() - {"seed"} - recipes.CHANGEABLE}
+    lock = lock_folder(args.output_dir)
+    try:
+        claim_folder(args.output_dir, common)
+        return train_all(args)
+    finally:
+        lock.release()
 
 
 if __name__ == "__main__":

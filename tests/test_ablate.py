@@ -14,7 +14,7 @@ import figures
 import model
 import recipes
 import train
-from utils import run_script
+from utils import FolderLock, run_script
 
 
 @pytest.fixture
@@ -121,7 +121,9 @@ def test_diverged_run_is_a_result(ablation, monkeypatch):
     base, diverged = rows("out/ablation.csv")
     assert (base["outcome"], diverged["outcome"]) == ("finished", "diverged")
     assert diverged["val_accuracy"] == ""
-    assert "the loss became nan" in Path("out/tanh-0/diverged.txt").read_text()
+    told = Path("out/tanh-0/diverged.txt").read_text()
+    assert "the loss became nan" in told
+    assert "last.pt" not in told  # which was deleted
 
 
 def test_diverged_run_does_not_shorten_the_papers_figure(monkeypatch, tmp_path):
@@ -192,6 +194,21 @@ def test_diverged_base_is_not_held_against_an_idea():
     [idea] = ablate.compare(results, "modern")
     assert idea["differences"] == []
     assert (idea["diverged"], idea["seeds"]) == (0, 1)
+
+
+def test_folder_is_one_processs_alone(ablation, capsys):
+    """Even before its first run has begun, and one that was refused leaves it to others."""
+    Path("out").mkdir()
+    lock = FolderLock(Path("out"))
+    options = ("--seeds", 1, "--epochs", 1, "--only", "tanh")
+    assert ablation(*options) == 2
+    assert "another process is writing to out" in capsys.readouterr().err
+    assert not list(Path("out").iterdir())
+    lock.release()
+    Path("out/mine").touch()
+    assert ablation(*options) == 2
+    Path("out/mine").unlink()
+    assert ablation(*options) == 0
 
 
 def test_run_whose_idea_has_changed_is_not_taken_for_it(ablation, monkeypatch, capsys):
