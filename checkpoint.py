@@ -57,7 +57,7 @@ def load_checkpoint(path: str | Path) -> dict:
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a checkpoint in it, such as {path / 'best.pt'}")
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no ordinary file; use another")  # a pipe could be endless
+        raise UserError(f"{path} is not a regular file; use another")  # a pipe could be endless
     try:
         _check_archive(path)
         with warnings.catch_warnings():
@@ -75,7 +75,9 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path} is not a checkpoint of this program: train.py writes those")
     version = content.get("format_version")
     if type(version) is not int:
-        raise UserError(f"{path} is not a complete checkpoint: it has no format version")
+        raise UserError(
+            f"{path} is not a complete checkpoint: it has no format version; use another"
+        )
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {version}; this program reads "
@@ -170,7 +172,7 @@ def _check_known(path: str | Path, settings: dict) -> None:
 def _check_plain(*values) -> None:
     """Raises TypeError for anything whose comparison or printing could take for ever."""
     if not all(isinstance(value, str | int | float | None) for value in values):
-        raise TypeError("a setting is no plain value")
+        raise TypeError("a setting is not a plain value")
 
 
 def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing) -> None:
@@ -180,12 +182,14 @@ def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing
             raise ValueError("a weight is not made of float32 numbers")
     classes, training = checkpoint["classes"], checkpoint["training"]
     if not isinstance(classes, list):
-        raise TypeError("the classes are no list")
+        raise TypeError("the classes are not a list")
     if len(classes) != network.config["num_classes"] or not all(map(str.isprintable, classes)):
         raise ValueError("the classes do not fit the network")
     for numbers in (preprocessing.mean, preprocessing.std):
         if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-            raise ValueError("preprocessing needs a mean and a deviation for each of 3 channels")
+            raise ValueError(
+                "preprocessing needs a mean and a standard deviation for each of 3 channels"
+            )
     sizes = preprocessing.size, preprocessing.enlarged_size
     allowed = (IMAGE_SIZE, IMAGE_SIZE), (IMAGE_SIZE, ENLARGED_SIZE)
     if min(preprocessing.std) <= 0 or sizes not in allowed:
@@ -194,7 +198,7 @@ def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing
         raise ValueError("the data set or the precision is unknown")
     _check_plain(*training, *training.values())
     if not all(isinstance(count, int) for count in (checkpoint["epoch"], training["epochs"])):
-        raise TypeError("the number of epochs is no whole number")
+        raise TypeError("the number of epochs is not a whole number")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -214,7 +218,7 @@ def check_progress(
     progress, epoch = content["progress"], content["epoch"]
     history, step = progress["history"], progress["step"]
     if not isinstance(history, list):
-        raise TypeError("its history is no list")
+        raise TypeError("its history is not a list")
     if type(step) is not int or not 0 <= step <= steps_per_epoch:
         raise ValueError("it has no such step")
     if len(history) != epoch:
@@ -256,7 +260,7 @@ def fitting_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
 def fitting_tensor(value: Tensor, model: Tensor) -> Tensor:
     """A copy of value with the memory layout of model. Raises ValueError if it is another kind."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-        raise ValueError("a part of the optimizer's state or a weight is no tensor")
+        raise ValueError("a part of the optimizer's state or a weight is not a tensor")
     if value.shape != model.shape or value.dtype != torch.float32:
         raise ValueError("a part of the optimizer's state or a weight does not fit the network")
     return torch.empty_like(model, requires_grad=False).copy_(value)

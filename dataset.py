@@ -292,13 +292,13 @@ def draw_shapes() -> Dataset:
 def _draw_split(per_class: int, random: np.random.RandomState) -> Split:
     labels = np.arange(per_class * len(SHAPES), dtype=np.int64) % len(SHAPES)
     n = len(labels)
-    ink, paper = _colours(n, random)
+    foreground, background = _colours(n, random)
     coverage = np.empty((n, 32, 32))
     x, y = _random_coordinates(n, random)
     for label, name in enumerate(SHAPES):
         chosen = labels == label
         coverage[chosen] = _coverage(name, x[chosen], y[chosen])
-    picture = paper + coverage[:, None] * (ink - paper)
+    picture = background + coverage[:, None] * (foreground - background)
     noise = random.normal(0, random.uniform(0, 0.08, (n, 1, 1, 1)), picture.shape)
     images = np.clip((picture + noise) * 255, 0, 255).astype(np.uint8)
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
@@ -330,7 +330,7 @@ def _coverage(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 GREY = (0.2989, 0.587, 0.114)  # shares of red, green and blue, as torchvision has them
-COLOUR_NOISE = 0.1  # deviation of the factors alpha (paper §4.1; 2012 source: color_noise_coeff)
+COLOUR_NOISE = 0.1  # standard deviation of alpha (paper §4.1; 2012 source: color_noise_coeff)
 AUGMENTATIONS = {  # what they change of the defaults of Augmentation
     "shift": {},
     "affine": {"rotation": 15.0, "zoom": 1.2},
@@ -558,7 +558,7 @@ def inside_squares(corners: Tensor, side: int, size: int) -> Tensor:
 def random_colours(colours: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """[n, 3], an RGB offset for each image in 0..255: sum_i alpha_i * colours[:, i], on the CPU.
 
-    Each alpha_i is normal with deviation COLOUR_NOISE, drawn once for an image (paper §4.1).
+    Each alpha_i is normal with standard deviation COLOUR_NOISE, one draw an image (paper §4.1).
     """
     return torch.randn(n, 3, generator=generator) @ colours.T * COLOUR_NOISE
 
@@ -597,10 +597,10 @@ def training_batches(
     what it would have seen. The last batch holds what is left. share is the part of every batch
     that one of several processes takes; it may be empty in the last one.
     """
-    generator = torch.Generator().manual_seed(mix_seeds(seed, epoch))
+    generator = torch.Generator().manual_seed(combine_seeds(seed, epoch))
     n, size, side = len(split.labels), split.images.shape[-1], augmentation.cutout
     drawn = {  # for each image, in this order
-        "place": torch.randperm(n, generator=generator),
+        "index": torch.randperm(n, generator=generator),
         "map": random_maps(n, augmentation, generator),
     }
     if augmentation.colours is not None:
@@ -613,7 +613,7 @@ def training_batches(
     for start in range(first_step * batch_size, n, batch_size):
         batch = slice(start, start + batch_size)
         mine = {name: values[batch][share] for name, values in drawn.items()}
-        images, labels = split.select(mine["place"])
+        images, labels = split.select(mine["index"])
         if augmentation.jitter:
             images = jittered(images, mine["factors"])
         hidden = inside_squares(mine["corner"], side, size) if side else None
@@ -634,7 +634,7 @@ def plain_batches(
         yield resample(part, view.expand(len(part), 2, 3), preprocessing)
 
 
-def mix_seeds(*numbers: int) -> int:
+def combine_seeds(*numbers: int) -> int:
     """One well-mixed seed from several numbers: (1, 2) and (2, 1) share nothing.
 
     A last number of 0 does not count: (1, 2, 0) gives what (1, 2) does.

@@ -281,9 +281,9 @@ def draw_neighbours(
     With --train-images or --train-split full the network was trained on fewer or more.
     """
     train = dataset.train.images.to(queries.images.device)
-    theirs = predict_features(network, train, preprocessing, precision)
-    ours = predict_features(network, queries.images, preprocessing, precision)
-    nearest = torch.cdist(ours, theirs).topk(NEIGHBOURS, largest=False).indices
+    train_features = predict_features(network, train, preprocessing, precision)
+    query_features = predict_features(network, queries.images, preprocessing, precision)
+    nearest = torch.cdist(query_features, train_features).topk(NEIGHBOURS, largest=False).indices
     names = [dataset.classes[label] for label in dataset.train.labels.tolist()]
     return figures.neighbours(
         list(queries.images.cpu()),
@@ -393,7 +393,7 @@ def print_classes(summary: dict) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description="Evaluate a checkpoint of train.py.")
     parser.add_argument("checkpoint", type=Path, help="a best.pt or last.pt")
-    parser.add_argument("--split", choices=("test", "val"), default="test")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="default: test")
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -440,7 +440,9 @@ def main() -> None:
         raise UserError(f"{args.checkpoint} was trained on the validation images; use --split test")
     dataset = load_dataset(training["dataset"], args.data_dir or data_dir_of(training))
     if dataset.classes != checkpoint["classes"]:
-        raise UserError(f"{args.checkpoint} has other classes than {training['dataset']}")
+        raise UserError(
+            f"{args.checkpoint} has other classes than {training['dataset']}; use another"
+        )
     split = getattr(dataset, args.split).to(device)
 
     network.to(device)

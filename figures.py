@@ -505,8 +505,16 @@ def compared_curves(histories: dict[str, list[dict]], against: str = "epoch") ->
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description="Draw the learning curves of several runs in one picture.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="at most four")
-    parser.add_argument("--against", choices=("epoch", "minutes"), default="epoch")
-    parser.add_argument("--output", type=output_file, default="curves.png", metavar="FILE")
+    parser.add_argument(
+        "--against", choices=("epoch", "minutes"), default="epoch", help="default: epoch"
+    )
+    parser.add_argument(
+        "--output",
+        type=output_file,
+        default="curves.png",
+        metavar="FILE",
+        help="default: curves.png",
+    )
     return parser.parse_args()
 
 

@@ -253,7 +253,7 @@ def max_pool(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     The place counts from 0 row by row, as int8. Differentiable once.
     """
     x = _channels_last(x)
-    out, winner = _pooled(x, size)
+    out, winner = _empty_pooled(x, size)
     n, channels, *out_size = out.shape
     arguments = x, out, winner, *x.shape[2:], *out_size, size
     _launch(_pool, n * math.prod(out_size), channels, BLOCK_VALUES["pool"], *arguments)
@@ -277,7 +277,7 @@ def _max_pool_gradient(grad: Tensor, winner: Tensor, height: int, width: int, si
 
 
 @max_pool.register_fake
-def _pooled(x, size):
+def _empty_pooled(x, size):
     height, width = ((pixels - size) // 2 + 1 for pixels in x.shape[2:])
     return _empty(x, height, width), _empty(x, height, width, torch.int8)
 

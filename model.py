@@ -25,7 +25,7 @@ IMAGE_SIZE = 227
 UNITS = 4096  # in fc6 and in fc7
 PIXEL_DEVIATION = 64  # roughly, of CIFAR-10's values from 0 to 255: what standardising divides by
 INITS = ("he", "2012", "as-printed")
-# The switches: of each, first what the network of 2012 has (but it had two groups).
+# The settings of AlexNet that have a fixed set of values.
 CHOICES = {
     "groups": (1, 2),
     "activation": ("relu", "tanh"),
@@ -128,7 +128,7 @@ class AlexNet(nn.Module):
         """
         torch.manual_seed(seed)
         network = cls(**settings)
-        if init != "he":
+        if init != "he":  # which AlexNet() has drawn; anew they would be others
             network.reset_parameters(init)
         return network
 
@@ -136,12 +136,12 @@ class AlexNet(nn.Module):
         """Draws all weights anew from normal distributions of mean 0, and sets the biases.
 
         Args:
-            init: "he": He-normal for ReLU layers (He et al. 2015) except fc8, whose deviation is
-                0.001, biases 0; trains on standardised input. "2012": deviation 0.03 in conv3 to
-                conv5 and 0.01 elsewhere (2012 source, layers/layers-145.cfg and layers-166.cfg),
-                biases 1 in conv2, conv4, conv5, fc6 and fc7 and 0 elsewhere; trains on centred
-                input.
-                "as-printed": deviation 0.01 everywhere, the same biases (paper §5).
+            init: "he": He-normal for ReLU layers (He et al. 2015) except fc8, whose standard
+                deviation is 0.001, biases 0; trains on standardised input.
+                "2012": standard deviation 0.03 in conv3 to conv5 and 0.01 elsewhere (2012 source,
+                layers/layers-145.cfg and layers-166.cfg), biases 1 in conv2, conv4, conv5, fc6 and
+                fc7 and 0 elsewhere; trains on centred input.
+                "as-printed": standard deviation 0.01 everywhere, the same biases (paper §5).
 
         Raises:
             ValueError: init is none of these.
@@ -172,7 +172,7 @@ class AlexNet(nn.Module):
         return self.fc8(self.drop7(self.features(x)))
 
     def features(self, x: Tensor) -> Tensor:
-        """The 4096 numbers by which fc8 tells the classes apart: fc7's after the activation.
+        """The 4096 activations of fc7, which are fc8's input before dropout.
 
         Images are alike to the network if these are near each other (paper §6.1, Fig. 4 right).
         In training mode fc6's dropout is on: call eval() first.
@@ -201,11 +201,11 @@ class AlexNet(nn.Module):
         rows = []
 
         def note(layer: nn.Module, _, output: Tensor) -> None:
-            weights = sum(weight.numel() for weight in layer.parameters())
+            parameters = sum(parameter.numel() for parameter in layer.parameters())
             # A filter's or a row's weights are used once at each place of the output.
-            products = math.prod(output.shape[2:]) * layer.weight.numel() if weights else 0
+            multiply_adds = math.prod(output.shape[2:]) * layer.weight.numel() if parameters else 0
             size = " x ".join(map(str, output.shape[1:]))
-            rows.append((names[layer], size, weights, products))
+            rows.append((names[layer], size, parameters, multiply_adds))
 
         for layer in names:
             if not isinstance(layer, nn.Dropout) and layer is not network.activation:
@@ -269,6 +269,7 @@ class _DropoutScaledInTest(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Some values set to zero in training; all values times 1 - p in eval mode."""
+        # nn.Dropout divides by 1 - p in training, which this takes back, and leaves eval mode be.
         return (1 - self.p) * super().forward(x)
 
 
@@ -393,13 +394,13 @@ def _gradient(grad, a, size, alpha, beta, k):
     """
     x = a.to(_at_least_float32(a))
     d = _divisor(x, size, alpha, k)
-    total = _power(d, beta).mul_(grad.to(x.dtype))
-    each = torch.div(total * x, d, out=d)
+    out = _power(d, beta).mul_(grad.to(x.dtype))  # g d^-beta
+    term = torch.div(out * x, d, out=d)  # g a d^(-1 - beta), in the memory of d
     factor = -2 * alpha * beta / size
-    total.addcmul_(x, each, value=factor)
+    out.addcmul_(x, term, value=factor)
     for neighbour, centre in _neighbours(x.shape[1], size):
-        total[:, neighbour].addcmul_(x[:, neighbour], each[:, centre], value=factor)
-    return total
+        out[:, neighbour].addcmul_(x[:, neighbour], term[:, centre], value=factor)
+    return out
 
 
 def _divisor(x: Tensor, size: int, alpha: float, k: float) -> Tensor:
@@ -460,7 +461,7 @@ def _is_on_nvidia_gpu(x: Tensor) -> bool:
 
 
 def _is_exported() -> bool:
-    """Whether torch.export (not strict) makes a program of this, to need no gpu_kernels.py."""
+    """Whether torch.export (strict=False) is tracing; its programs do without gpu_kernels.py."""
     # torch 2.11 says that it is exporting whenever Dynamo compiles.
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 

@@ -101,7 +101,7 @@ def read_picture(source: str | Path) -> Tensor:
     """
     try:
         if Path(source).exists() and not Path(source).is_file():
-            raise ValueError("no ordinary file")  # a pipe could be endless
+            raise ValueError("not a regular file")  # a pipe could be endless
         file = io.BytesIO(sys.stdin.buffer.read()) if source == STDIN else source
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that is not used

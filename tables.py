@@ -305,7 +305,7 @@ def fill(page: Path) -> str:
     def table(match: re.Match) -> str:
         start, name, end = match.groups()
         if name not in TABLES:
-            raise UserError(f"no table is called {name}; there are {', '.join(TABLES)}")
+            raise UserError(f"{page}: no table is called {name}; there are {', '.join(TABLES)}")
         return f"{start}\n{TABLES[name]().replace('](', f']({to_root}')}\n{end}"
 
     return MARKED.sub(table, page.read_text())

@@ -2,8 +2,8 @@
 
 On several GPUs torchrun starts a process for each: torchrun --nproc_per_node=4 train.py
 
-Each run has a folder: config.json, metrics.csv, timing.csv, curves.png, last.pt (all that resuming
-needs) and best.pt (the best on the validation split, all that evaluate.py needs).
+Each run has a folder: config.json, metrics.csv, timing.csv, curves.png, last.pt (what
+--resume needs besides config.json) and best.pt (the best on the validation split, for evaluate.py).
 """
 
 import contextlib
@@ -34,13 +34,12 @@ from checkpoint import (
     save_checkpoint,
 )
 from dataset import (
-    DEFAULT_DATA_DIR,
     Augmentation,
     Dataset,
     Preprocessing,
+    combine_seeds,
     in_fast_layout,
     load_dataset,
-    mix_seeds,
     stratified_subset,
     training_batches,
 )
@@ -136,9 +135,9 @@ def make_optimizer(network: AlexNet, config: dict) -> torch.optim.Optimizer:
 
 
 def parameter_groups(network: AlexNet, config: dict) -> list[dict]:
-    """Weights and biases, each with lr_factor, to be multiplied with the learning rate, and decay.
+    """The optimizer's groups: weights, and biases with a weight decay of their own.
 
-    One group where biases are treated as weights.
+    lr_factor is what the learning rate is to be multiplied by. One group if biases have none.
     """
     lr_factor, decay_factor = config["bias_lr_factor"], config["bias_decay_factor"]
     parameters = list(network.parameters())
@@ -374,15 +373,21 @@ class Run:
         for name in self.config | recorded:
             found, value = recorded.get(name, BEFORE.get(name)), self.config.get(name)
             if name not in CHANGEABLE and found != value:
-                raise UserError(f"{path} is not of this run: its {name!a:.40} is not {value}")
+                raise UserError(
+                    f"{path} is not of this run: its {name!a:.40} is not {value}; "
+                    "put back the run's own, or start a new run"
+                )
         try:
             self.restore(network, content)
         except DAMAGE_ERRORS as error:
-            raise UserError(f"{path} cannot be resumed from ({first_line(error)})") from None
+            raise UserError(
+                f"{path} cannot be resumed from ({first_line(error)}); start a new run"
+            ) from None
         epochs, before = self.config["epochs"], recorded["epochs"]
         if self.epoch > epochs:
             raise UserError(
-                f"--epochs {epochs} is less than the {self.epoch} that {self.dir} already has"
+                f"--epochs {epochs} is less than the {self.epoch} that {self.dir} already has; "
+                f"give at least {self.epoch}"
             )
         follow = ["the learning rate"] if self.config["schedule"] == "cosine" else []
         follow += ["the growth of augmentation"] if self.config["augmentation_ramp"] else []
@@ -423,7 +428,8 @@ class Run:
 
         TensorBoard, if asked for, gets the last.
         """
-        for name, columns in (("metrics.csv", METRICS), ("timing.csv", TIMING)):
+        # metrics.csv last: an epoch that it has is all there, even if the run is killed here.
+        for name, columns in (("timing.csv", TIMING), ("metrics.csv", METRICS)):
             write_csv(self.dir / name, columns, self.history)
         if self.tensorboard:
             row = self.history[-1]
@@ -473,7 +479,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["lr_factor"]
     # Dropout depends on seed, step and process, so that a resumed run draws what it would have.
-    seed_device(run.device, mix_seeds(run.config["seed"], global_step, run.processes.rank))
+    seed_device(run.device, combine_seeds(run.config["seed"], global_step, run.processes.rank))
     if run.config["precision"] == "bf16":
         images = images.bfloat16()  # as conv1 takes them: less to mix and to copy
     if len(labels) > 1 and is_mixed(run, global_step):
@@ -486,8 +492,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     network = run.compiled if batch_images == images_done(run, 1) else run.parallel
     with autocast(run.device, run.config["precision"]):
         logits = network(images)
-    if run.config["precision"] == "bf16":
-        logits = logits.float()  # or the loss of each image would be rounded to bf16
+    logits = logits.float()  # or in bf16 the loss of each image would be rounded
     smoothing = run.config["label_smoothing"]
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
     loss = loss / batch_images
@@ -658,7 +663,7 @@ class Progress:
         self.bar.update(images_done(self.run, self.run.step) - self.bar.n)
 
     def is_due(self) -> bool:
-        """Whether there is something to show, for which the device must wait."""
+        """Whether it is time to show something, which has to wait for the device."""
         if not self.run.is_first:
             return False
         steps = self.run.step - self.first_step
@@ -718,10 +723,7 @@ def readable_duration(seconds: float) -> str:
 
 def evaluate_command(run: Run) -> str:
     """The command that evaluates the run's best network."""
-    arguments = ["evaluate.py", str(run.dir / "best.pt")]
-    if run.config["dataset"] == "cifar10" and run.config["data_dir"] != DEFAULT_DATA_DIR:
-        arguments += ["--data-dir", str(run.config["data_dir"])]
-    return shlex.join(["python", *arguments])
+    return shlex.join(["python", "evaluate.py", str(run.dir / "best.pt")])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -744,7 +746,7 @@ def prepare(given: dict, processes: Processes) -> Iterator[Run]:
         resume = output_dir if known else None
     config, earlier_starts = resumed_config(resume, given) if resume else (new_config(given), [])
     check_shares(config, processes)
-    # Refuses a folder that is taken before the data are loaded; open_folder() makes and settles it.
+    # Before the data are loaded: a taken folder is refused at once. open_folder() makes it.
     run_dir = resume or processes.from_first(lambda: free_run_dir(config, output_dir))
     device = processes.select_device(config["device"])
     precision = select_precision(config["precision"], device)
@@ -764,11 +766,14 @@ def prepare(given: dict, processes: Processes) -> Iterator[Run]:
 def check_shares(config: dict, processes: Processes) -> None:
     """Raises UserError if a process's share of a batch has too few images."""
     if config["batch_size"] < processes.count:
-        raise UserError(f"--batch-size {config['batch_size']} is less than one image per process")
+        raise UserError(
+            f"--batch-size {config['batch_size']} is less than one image per process; "
+            f"give at least {processes.count}"
+        )
     if config["mix"] != "none" and config["batch_size"] < 2 * processes.count:
         raise UserError(
-            f"--mix {config['mix']} needs at least two images of a batch per process; "
-            "take more, or --mix none"
+            f"--mix {config['mix']} needs at least two images per process; "
+            f"give --batch-size {2 * processes.count} or more, or --mix none"
         )
 
 
@@ -900,7 +905,10 @@ def explained(error: RuntimeError) -> Exception:
         return UserError(f"--compile does not work here ({first_line(error)}); leave it out")
     if is_connection_lost(error):
         reason = first_line(error)
-        return UserError(f"another process of this run has ended or is out of reach ({reason})")
+        return UserError(
+            f"another process of this run has ended or is out of reach ({reason}); "
+            "go on with --resume"
+        )
     return error
 
 

@@ -222,7 +222,7 @@ def test_checkpoint_of_the_first_version():
 
 def test_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.pt")
-    with pytest.raises(UserError, match=r"pipe\.pt is no ordinary file"):
+    with pytest.raises(UserError, match=r"pipe\.pt is not a regular file"):
         load_network(tmp_path / "pipe.pt")
 
 

@@ -237,6 +237,14 @@ def test_runs_of_one_name_in_two_folders_are_two_curves(tmp_path, monkeypatch):
     assert labels == [r"\$a_\$/run", r"\$b_\$/run"]
 
 
+def test_run_between_its_two_files_is_read(tmp_path):
+    """timing.csv has the second epoch already."""
+    write_run(tmp_path / "run", "1,5,0.1,2,0.1,1.5,0.2", "2,10,0.1,2,0.1,1.0,0.5")
+    path = tmp_path / "run" / "metrics.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert [row["epoch"] for row in read_history(tmp_path / "run")] == [1]
+
+
 @pytest.mark.parametrize("row", ["", "1,5,0.1,2,0.1,x,0.2", "1,5", "1,5,0.1,2,0.1,,"])
 def test_folder_without_epochs_is_named(tmp_path, row):
     write_run(tmp_path / "run", row)
