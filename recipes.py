@@ -85,6 +85,7 @@ RECIPES = {  # the first row of a recipe and data set has the default optimizer
     ("paper", "shapes", "sgd"): {"epochs": 4, "lr": 1e-3, **SGD, **PAPER, **SMALL},
 }
 RECIPE_NAMES = ("modern", "fast", "paper")
+# Never change a value here either, but for a new option's: BEFORE reads old runs by these too.
 DEFAULTS = {
     "recipe": "modern",
     "dataset": "cifar10",
@@ -100,16 +101,23 @@ DEFAULTS = {
 }
 # What runs did before an option existed, whatever the recipes have now.
 BEFORE = {**DEFAULTS, **ORIGINAL, "nesterov": False}
-# Mixes pairs of images and their labels in a batch, with one share (CutMix: one rectangle) for
-# all its pairs; alpha is torchvision's 1, as in both papers for CIFAR.
+# Mixes pairs of images and their labels, all pairs of a batch in one ratio (CutMix: one rectangle);
+# alpha is torchvision's 1, as in both papers for CIFAR.
 MIXES = {
     "none": None,
     "mixup": v2.MixUp,  # Zhang et al. 2018, arXiv 1710.09412
     "cutmix": v2.CutMix,  # Yun et al. 2019, arXiv 1905.04899
 }
 # Settings that --resume may change; any other would make it another experiment.
-CHANGEABLE = {"epochs", "data_dir", "device", "compile", "deterministic"}
-CHANGEABLE |= {"save_every", "tensorboard"}
+CHANGEABLE = {
+    "epochs",
+    "data_dir",
+    "device",
+    "compile",
+    "deterministic",
+    "save_every",
+    "tensorboard",
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -137,10 +145,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--train-images", type=positive_int, metavar="N", help="train on so many only; default: all"
     )
     of_recipe(
-        "input", "minus the mean; standardised: also divided by the deviation", choices=INPUTS
+        "input",
+        "minus the mean; standardised: also divided by the standard deviation",
+        choices=INPUTS,
     )
     of_recipe("augmentation", "of training images, see docs/training.md", choices=AUGMENTATIONS)
-    of_recipe("augmentation_ramp", "share of the epochs in which it grows", type=fraction)
+    of_recipe(
+        "augmentation_ramp", "share of the epochs in which the augmentation grows", type=fraction
+    )
     of_recipe("mix", "pairs of images and their labels", choices=MIXES)
     of_recipe("mix_probability", "probability that a batch is mixed", type=probability)
     of_recipe("mix_off", "share of the steps, at the end, without mixing", type=fraction)
@@ -149,16 +161,18 @@ def make_parser() -> argparse.ArgumentParser:
     of_recipe = partial(add_setting, learning)
     learning.add_argument("--optimizer", choices=OPTIMIZERS, help="default: sgd, adam for fast")
     of_recipe("epochs", "passes over the images", type=positive_int)
-    of_recipe("batch_size", "images a step", type=positive_int)
+    of_recipe("batch_size", "images per step", type=positive_int)
     of_recipe("lr", "the highest learning rate", type=positive_float)
-    of_recipe("momentum", "of sgd", type=fraction)
-    of_recipe("nesterov", "Nesterov's, of sgd", action=flag)
-    of_recipe("weight_decay", "of weights", type=non_negative_float)
+    of_recipe("momentum", "for sgd", type=fraction)
+    of_recipe("nesterov", "Nesterov momentum, for sgd", action=flag)
+    of_recipe("weight_decay", "L2 penalty; with adamw decoupled", type=non_negative_float)
     factor = {"type": non_negative_float, "metavar": "FACTOR"}
-    of_recipe("bias_lr_factor", "times --lr", **factor)
-    of_recipe("bias_decay_factor", "times --weight-decay", **factor)
+    of_recipe("bias_lr_factor", "biases' learning rate as a multiple of --lr", **factor)
+    of_recipe("bias_decay_factor", "biases' decay as a multiple of --weight-decay", **factor)
     of_recipe("schedule", "how the learning rate falls", choices=("cosine", "plateau"))
-    of_recipe("warm_up", "share of the steps in which cosine rises", type=fraction)
+    of_recipe(
+        "warm_up", "share of the steps in which the learning rate rises; for cosine", type=fraction
+    )
     average = "evaluate a moving average of the weights"
     of_recipe("ema", average, type=fraction, metavar="DECAY")
     of_recipe = partial(add_setting, parser.add_argument_group("network"))
@@ -177,7 +191,11 @@ def make_parser() -> argparse.ArgumentParser:
     add = run.add_argument
     add("--seed", type=seed_number, help="of weights, order, augmentation, dropout; default: 0")
     add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
-    add("--precision", choices=("auto", "fp32", "bf16"), help="auto: bf16 if fast; default: auto")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        help="auto: bf16 where it is fast; default: auto",
+    )
     add("--compile", action=flag, help="let torch.compile fuse the network; for GPUs")
     add("--deterministic", action=flag, help="bit-identical runs on an NVIDIA GPU too; slower")
     add("--save-every", type=positive_float, metavar="MINUTES", help="save that often; default: 3")
@@ -194,30 +212,9 @@ def add_setting(group, name: str, what: str, **how) -> None:
 
 
 def recipe_defaults(name: str) -> str:
-    """For --help: the option's default, and which rows of RECIPES have another."""
-    rows_with = {}  # for each value the rows that have it
-    for row, recipe in RECIPES.items():
-        if name in recipe:
-            rows_with.setdefault(recipe[name], set()).add(row)
-    all_rows = set.union(*rows_with.values())
-    default, *others = rows_with
-    texts = [f"default: {default}"]
-    texts += [f"{value} with {in_words(rows_with[value], all_rows)}" for value in others]
-    return ", ".join(texts)
-
-
-def in_words(rows: set, all_rows: set) -> str:
-    """These rows of RECIPES by options that tell them from all others; in full where none does."""
-    rows_with = {}  # for each option the rows that have it
-    for row in sorted(all_rows):
-        for option, value in zip(("--recipe", "--dataset", "--optimizer"), row, strict=True):
-            rows_with.setdefault(f"{option} {value}", set()).add(row)
-    words, left = [], set(rows)
-    for option in sorted(rows_with, key=lambda option: -len(rows_with[option])):
-        if rows_with[option] <= rows and rows_with[option] & left:
-            words.append(option)
-            left -= rows_with[option]
-    return " and ".join([*words, *(" ".join(row) for row in sorted(left))])
+    """For --help: the setting's default, and whether other recipes have another."""
+    default, *others = dict.fromkeys(recipe[name] for recipe in RECIPES.values() if name in recipe)
+    return f"default: {default}" + (", in other recipes another" if others else "")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -259,7 +256,7 @@ def check_config(config: dict) -> None:
 
 
 def run_name(config: dict) -> str:
-    """For people: the data set, the optimizer, the recipe, and what but the epochs is not its."""
+    """A title: data set, optimizer, recipe, and all settings but the epochs that are not its."""
     how = {"modern": "", "fast": ", fast recipe", "paper": ", the paper's recipe"}
     optimizer = OPTIMIZERS[config["optimizer"]].__name__
     name = f"AlexNet on {DATASETS[config['dataset']]}, {optimizer}{how[config['recipe']]}"
@@ -268,7 +265,8 @@ def run_name(config: dict) -> str:
     usual = {**row, "train_split": "train", "train_images": None, "epochs": config["epochs"]}
     others = {key: config.get(key) for key in usual if config.get(key) != usual[key]}
     words = [
-        key.replace("_", " ") + f" {value}" * (value is not True) for key, value in others.items()
+        key.replace("_", " ") + ("" if value is True else f" {value}")
+        for key, value in others.items()
     ]
     return ", ".join([name, *words])
 
@@ -283,7 +281,7 @@ def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
     path = run_dir / "config.json"
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("no ordinary file")  # a pipe could be endless
+            raise ValueError("not a regular file")  # a pipe could be endless
         record = json.loads(path.read_text())
         if record["settings"].keys() & {"resume", "output_dir", "help"}:
             raise ValueError("it has more than settings")
@@ -294,7 +292,9 @@ def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
     except FileNotFoundError:
         raise UserError(f"--resume {run_dir}: there is no run in it (no config.json)") from None
     except (OSError, *DAMAGE_ERRORS, UserError) as error:  # RecursionError is a RuntimeError
-        raise UserError(f"{path} is not the record of a run ({error})") from None
+        raise UserError(
+            f"{path} is not the record of a run ({error}); restore it, or start a new run"
+        ) from None
     if given.get("precision") == "auto":  # what was chosen is recorded
         del given["precision"]
     for name, value in given.items():
@@ -309,7 +309,7 @@ def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
 
 
 def recorded_config(settings: dict) -> dict:
-    """Every setting of a run that recorded these; what was no option then, it did as BEFORE says.
+    """All settings of a run from those it recorded; BEFORE has those that were no option then.
 
     Recipes are not asked: they may have changed since. Raises KeyError if one is missing that every
     run recorded, UserError for settings that do not go together.
