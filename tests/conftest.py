@@ -70,7 +70,7 @@ def run_python(*arguments, cwd, **settings):
     script, *rest = map(str, arguments)
     command = [sys.executable, str(ROOT / script), *rest]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=900, check=False, **settings
+        command, cwd=cwd, capture_output=True, text=True, timeout=3600, check=False, **settings
     )
 
 
@@ -98,7 +98,7 @@ def trained_run(tmp_path_factory):
     folder, output = folder / "trained", folder / "trained.json"
     with FileLock(f"{folder}.lock"):
         if not output.exists():
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             options = ("--dataset", "shapes", "--optimizer", "adam", "--epochs", "1")
             done = run_python("train.py", *options, cwd=folder)
             assert done.returncode == 0, done.stderr

@@ -51,7 +51,8 @@ def test_notebook_runs_from_top_to_bottom(committed):
             cell.update(execution_count=None, outputs=[])
     [training] = [cell for cell in again.cells if "epochs, batch_size = 3, 32" in cell.source]
     training.source = training.source.replace("= 3, 32", "= 1, 32")  # half of the tests' time else
-    NotebookClient(again, timeout=1200, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    patience = {"timeout": 3600, "startup_timeout": 600, "iopub_timeout": 120}  # seconds
+    NotebookClient(again, resources={"metadata": {"path": str(FOLDER)}}, **patience).execute()
     for cell, before in zip(again.cells, committed.cells, strict=True):
         assert kinds(cell) == kinds(before), cell.source
     assert accuracies(committed)[-1] > 90

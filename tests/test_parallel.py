@@ -73,7 +73,7 @@ def test_two_processes_train_as_one_does(whole):
 
 def test_first_process_alone_prints(whole):
     _, output = whole
-    assert output.count("epoch 1/2") == 1
+    assert output.count("epoch 1/2: ") == 1
     assert "2 processes" in output
 
 

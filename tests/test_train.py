@@ -869,7 +869,7 @@ def test_closed_terminal_stops_the_run_and_saves_it(tmp_path, nohup):
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
 
-    epochs = 8 if nohup else 1000
+    epochs = 20 if nohup else 1000
     options = f"--dataset shapes --batch-size 8 --epochs {epochs} --output-dir run".split()
     command = [sys.executable, str(ROOT / "tests" / "tiny_train.py"), *options]
     ours, theirs = pty.openpty()
@@ -882,6 +882,7 @@ def test_closed_terminal_stops_the_run_and_saves_it(tmp_path, nohup):
     os.close(theirs)
     printed = b""
     while b"the run's folder is run" not in printed:
+        assert process.poll() is None, printed
         printed = (tmp_path / "nohup.out").read_bytes() if nohup else printed + os.read(ours, 4096)
         time.sleep(0.02)
     assert process.poll() is None
@@ -890,7 +891,7 @@ def test_closed_terminal_stops_the_run_and_saves_it(tmp_path, nohup):
     last = torch.load(tmp_path / "run" / "last.pt")
     assert (last["epoch"] == epochs) == nohup
     if nohup:
-        assert "finished 8 epochs" in (tmp_path / "nohup.out").read_text()
+        assert "finished 20 epochs" in (tmp_path / "nohup.out").read_text()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
