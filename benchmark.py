@@ -423,15 +423,17 @@ def interrupts_delayed() -> Iterator[None]:
     On Windows it reaches them until they have imported what they need.
     """
     arrived = []
+    can_block = hasattr(signal, "pthread_sigmask")  # not on Windows
     # Another thread, such as the progress bar's, is sent what the main one blocks.
     handler = signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
-    set_blocked = getattr(signal, "pthread_sigmask", lambda how, signals: None)  # not on Windows
-    resource_tracker.ensure_running()  # which the first process starts, and which unblocks
-    set_blocked(signal.SIG_BLOCK, {signal.SIGINT})
     try:
+        if can_block:
+            resource_tracker.ensure_running()  # which the first process starts, and which unblocks
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         yield
     finally:
-        set_blocked(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, handler)
         if arrived:
             signal.raise_signal(signal.SIGINT)
@@ -704,7 +706,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description="Measure this project beside the textbook script.")
     add = parser.add_argument
     add("--parts", nargs="+", choices=ALL_PARTS, default=ALL_PARTS, help="default: all")
-    add("--batch-sizes", nargs="+", type=positive_int, default=[32, 128], metavar="N")
+    add(
+        "--batch-sizes",
+        nargs="+",
+        type=positive_int,
+        default=[32, 128],
+        metavar="N",
+        help="default: 32 128",
+    )
     add("--rounds", type=positive_int, default=7, help="turns of each side; default: 7")
     add(
         "--workers",
