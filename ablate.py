@@ -158,11 +158,6 @@ DIVERGED = "diverged.txt"  # in a run's folder: why it was given up
 # ---------------------------------------------------------------------------------------------
 
 
-def names(args: argparse.Namespace) -> list[str]:
-    """The base and the switches, in the order of the table."""
-    return [BASE, *(name for name in IDEAS[args.ideas] if name in (args.only or [name]))]
-
-
 def run_settings(args: argparse.Namespace, name: str, seed: int) -> dict:
     """The options of train.py for one run."""
     settings = {
@@ -409,13 +404,23 @@ def parse_arguments() -> argparse.Namespace:
     add("--compile", action="store_true", help="let torch.compile fuse the networks; for GPUs")
     add("--output-dir", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
     args = parser.parse_args()
-    unknown = set(args.only or []) - IDEAS[args.ideas].keys()
-    if unknown:
-        known = ", ".join(IDEAS[args.ideas])
-        raise UserError(f"--only {unknown.pop()} is none of the ideas: {known}")
     args.recipe = args.recipe or args.ideas
+    args.names = chosen_names(args)
+    return args
+
+
+def chosen_names(args: argparse.Namespace) -> list[str]:
+    """The base and the ideas of --only, by default all that differ from the base and others.
+
+    Raises UserError for one of --only that is unknown, does not fit, or does not differ.
+    """
+    ideas = IDEAS[args.ideas]
+    asked = args.only or ideas
+    unknown = set(asked) - ideas.keys()
+    if unknown:
+        raise UserError(f"--only {unknown.pop()} is none of the ideas: {', '.join(ideas)}")
     configs = {}
-    for name in names(args):
+    for name in [BASE, *(name for name in ideas if name in asked)]:
         try:
             config = recipes.new_config(run_settings(args, name, 0))
         except UserError as error:
@@ -426,15 +431,14 @@ def parse_arguments() -> argparse.Namespace:
             raise UserError(f"{name} is what {has}; choose others with --only")
         if not twin:
             configs[name] = config
-    args.only = [name for name in configs if name != BASE]
-    return args
+    return list(configs)
 
 
 def train_all(args: argparse.Namespace) -> int:
     """Trains what is not over yet, with a report after each run. Returns the exit code."""
     stop = StopRequest()
     # Seed by seed, so that a comparison of everything comes early.
-    runs = [(name, seed) for seed in range(args.seeds) for name in names(args)]
+    runs = [(name, seed) for seed in range(args.seeds) for name in args.names]
     for number, (name, seed) in enumerate(runs, 1):
         print(f"run {number} of {len(runs)}: {name}, seed {seed}", flush=True)
         train_run(args.output_dir / f"{name}-{seed}", run_settings(args, name, seed), stop)

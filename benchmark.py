@@ -554,16 +554,9 @@ def comparison(
         sides = [side for side in sides if side[0] == "here"]
     elif part == "loop":
         sides = [side for side in sides if side[0] != "product"]
+    workers = 1 if part == "pipeline-1-core" else workers
     return [
-        Case(
-            part,
-            side,
-            precision,
-            batch_size,
-            images,
-            str(device),
-            1 if part == "pipeline-1-core" else workers,
-        )
+        Case(part, side, precision, batch_size, images, device=str(device), workers=workers)
         for side, precision in [("textbook", "fp32"), *sides]
     ]
 
@@ -573,6 +566,13 @@ def sides_of(precision: str, with_compile: bool) -> list[tuple[str, str]]:
     precisions = ["fp32"] if precision == "fp32" else ["fp32", precision]
     sides = [(side, p) for side in ("here", "product") for p in precisions]
     return [*sides, ("compiled", precision)] if with_compile else sides
+
+
+def step_case(precision: str, batch_size: int, device: torch.device) -> Case:
+    """A training step of this project, by itself."""
+    return Case(
+        "step", "here", precision, batch_size, images=batch_size, device=str(device), workers=0
+    )
 
 
 def measure_growth(precision: str, device: torch.device) -> Iterator[dict]:
@@ -585,9 +585,7 @@ def measure_growth(precision: str, device: torch.device) -> Iterator[dict]:
     with tqdm(total=total, desc="batch sizes", leave=False, disable=None) as bar:
         for count in counts:
             cases = [
-                Case("step", "here", precision, size, size, str(device), 0)
-                for size in sizes[count]
-                for _ in range(count)
+                step_case(precision, size, device) for size in sizes[count] for _ in range(count)
             ]
             with started(cases) as workers:
                 for i, size in enumerate(sizes[count]):
@@ -621,7 +619,7 @@ def environments(count: int) -> list[dict]:
 def measure_operations(precision: str, batch_size: int, device: torch.device) -> list[dict]:
     """Where the time of a training step goes: milliseconds by torch operation, most first."""
     keep_freed_memory()
-    call = our_call(Case("step", "here", precision, batch_size, batch_size, str(device), 0), device)
+    call = our_call(step_case(precision, batch_size, device), device)
     seconds_of(call, 5, device)
     # Keeps the profiler's own notices off the screen.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -454,23 +454,24 @@ def main() -> None:
         ten = summarise(ten_logits, split, checkpoint["classes"])
 
     if args.json:
-        about = {
+        record = {
             "checkpoint": str(args.checkpoint),
             "dataset": training["dataset"],
             "split": args.split,
             "epoch": checkpoint["epoch"],
             "precision": precision,
+            **summary,
+            **({"ten_views": ten} if ten else {}),
+            "training": training,
+            "environment": environment(device),
         }
-        views = {"ten_views": ten} if ten else {}
-        where = {"training": training, "environment": environment(device)}
-        record = {**about, **summary, **views, **where}
         write_json(args.json, record)
 
-    what = f"{DATASETS[training['dataset']]}, {args.split} split"
+    name = f"{DATASETS[training['dataset']]}, {args.split} split"
     print(f"{args.checkpoint}: AlexNet, {checkpoint['epoch']} of {training['epochs']} epochs")
     view = "the whole image" if preprocessing.enlarged_size == IMAGE_SIZE else "the centre crop"
     print(
-        f"{what}, {summary['images']:,} images, one view is {view}, "
+        f"{name}, {summary['images']:,} images, one view is {view}, "
         f"{precision} on {device_name(device)}\n"
     )
     if ten:
@@ -480,7 +481,7 @@ def main() -> None:
     print_classes(summary)
 
     matrix = np.array(summary["confusion_matrix"])
-    title = f"{what}: {summary['accuracy']:.1%} top-1"
+    title = f"{name}: {summary['accuracy']:.1%} top-1"
     confusion = figures.confusion_matrix(matrix, checkpoint["classes"], title)
     print()
     save_beside(args, {"confusion": confusion})

@@ -125,15 +125,27 @@ CHANGEABLE = {
 # ---------------------------------------------------------------------------------------------
 
 
+FLAG = argparse.BooleanOptionalAction  # --no-x takes back what the recipe or the run has
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line; what is not given is not in the result."""
-    parser = OneLineParser(description="Train AlexNet.", argument_default=argparse.SUPPRESS)
-    flag = argparse.BooleanOptionalAction  # --no-x takes back what the recipe or the run has
+    parser = OneLineParser(
+        description="Train AlexNet. docs/training.md has the settings of all recipes.",
+        argument_default=argparse.SUPPRESS,
+    )
     parser.add_argument(
         "--recipe", choices=RECIPE_NAMES, help="sets other defaults; default: modern"
     )
-    data = parser.add_argument_group("data")
-    add, of_recipe = data.add_argument, partial(add_setting, data)
+    add_data_options(parser.add_argument_group("data"))
+    add_learning_options(parser.add_argument_group("learning"))
+    add_network_options(parser.add_argument_group("network"))
+    add_run_options(parser.add_argument_group("run"))
+    return parser
+
+
+def add_data_options(group) -> None:
+    add, of_recipe = group.add_argument, partial(add_setting, group)
     add("--dataset", choices=DATASETS, help="shapes draws its own images; default: cifar10")
     add("--data-dir", help=f"where CIFAR-10 is or goes; default: {DEFAULT_DATA_DIR}")
     add(
@@ -144,38 +156,38 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--train-images", type=positive_int, metavar="N", help="train on so many only; default: all"
     )
-    of_recipe(
-        "input",
-        "minus the mean; standardised: also divided by the standard deviation",
-        choices=INPUTS,
-    )
+    scale = "minus the mean; standardised: also divided by the standard deviation"
+    of_recipe("input", scale, choices=INPUTS)
     of_recipe("augmentation", "of training images, see docs/training.md", choices=AUGMENTATIONS)
-    of_recipe(
-        "augmentation_ramp", "share of the epochs in which the augmentation grows", type=fraction
-    )
+    ramp = "share of the epochs in which the augmentation grows"
+    of_recipe("augmentation_ramp", ramp, type=fraction)
     of_recipe("mix", "pairs of images and their labels", choices=MIXES)
     of_recipe("mix_probability", "probability that a batch is mixed", type=probability)
     of_recipe("mix_off", "share of the steps, at the end, without mixing", type=fraction)
     of_recipe("label_smoothing", "share of a label that all classes get", type=fraction)
-    learning = parser.add_argument_group("learning")
-    of_recipe = partial(add_setting, learning)
-    learning.add_argument("--optimizer", choices=OPTIMIZERS, help="default: sgd, adam for fast")
+
+
+def add_learning_options(group) -> None:
+    add, of_recipe = group.add_argument, partial(add_setting, group)
+    add("--optimizer", choices=OPTIMIZERS, help="default: sgd, adam for fast")
     of_recipe("epochs", "passes over the images", type=positive_int)
     of_recipe("batch_size", "images per step", type=positive_int)
     of_recipe("lr", "the highest learning rate", type=positive_float)
     of_recipe("momentum", "for sgd", type=fraction)
-    of_recipe("nesterov", "Nesterov momentum, for sgd", action=flag)
+    of_recipe("nesterov", "Nesterov momentum, for sgd", action=FLAG)
     of_recipe("weight_decay", "L2 penalty; with adamw decoupled", type=non_negative_float)
     factor = {"type": non_negative_float, "metavar": "FACTOR"}
     of_recipe("bias_lr_factor", "biases' learning rate as a multiple of --lr", **factor)
     of_recipe("bias_decay_factor", "biases' decay as a multiple of --weight-decay", **factor)
     of_recipe("schedule", "how the learning rate falls", choices=("cosine", "plateau"))
-    of_recipe(
-        "warm_up", "share of the steps in which the learning rate rises; for cosine", type=fraction
-    )
+    rise = "share of the steps in which the learning rate rises; for cosine"
+    of_recipe("warm_up", rise, type=fraction)
     average = "evaluate a moving average of the weights"
     of_recipe("ema", average, type=fraction, metavar="DECAY")
-    of_recipe = partial(add_setting, parser.add_argument_group("network"))
+
+
+def add_network_options(group) -> None:
+    of_recipe = partial(add_setting, group)
     of_recipe("init", "initial weights and biases", choices=INITS)
     switches = {
         "groups": "2: the paper's two towers",
@@ -187,23 +199,21 @@ def make_parser() -> argparse.ArgumentParser:
     for name, what in switches.items():
         of_recipe(name, what, type=type(CHOICES[name][0]), choices=CHOICES[name])
     of_recipe("dropout", "after fc6 and fc7", type=fraction)
-    run = parser.add_argument_group("run")
-    add = run.add_argument
+
+
+def add_run_options(group) -> None:
+    add = group.add_argument
     add("--seed", type=seed_number, help="of weights, order, augmentation, dropout; default: 0")
     add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        help="auto: bf16 where it is fast; default: auto",
-    )
-    add("--compile", action=flag, help="let torch.compile fuse the network; for GPUs")
-    add("--deterministic", action=flag, help="bit-identical runs on an NVIDIA GPU too; slower")
+    precisions = ("auto", "fp32", "bf16")
+    add("--precision", choices=precisions, help="auto: bf16 where it is fast; default: auto")
+    add("--compile", action=FLAG, help="let torch.compile fuse the network; for GPUs")
+    add("--deterministic", action=FLAG, help="bit-identical runs on an NVIDIA GPU too; slower")
     add("--save-every", type=positive_float, metavar="MINUTES", help="save that often; default: 3")
-    add("--tensorboard", action=flag, help="log to the run's folder for TensorBoard as well")
-    where = run.add_mutually_exclusive_group()
+    add("--tensorboard", action=FLAG, help="log to the run's folder for TensorBoard as well")
+    where = group.add_mutually_exclusive_group()
     where.add_argument("--output-dir", type=Path, help="default: a new one in runs")
     where.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a stopped run")
-    return parser
 
 
 def add_setting(group, name: str, what: str, **how) -> None:

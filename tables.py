@@ -17,8 +17,18 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.S)
 NOT_COMPARED = ("data_dir", "device", "save_every", "seed", "tensorboard")
-RESULT_COLUMNS = ("command", "seeds", "validation", "test", "ten views", "calibration error")
-RESULT_COLUMNS += ("test loss", "training", "hardware")
+RESULT_COLUMNS = (
+    "command",
+    "seeds",
+    "validation",
+    "test",
+    "ten views",
+    "calibration error",
+    "test loss",
+    "training",
+    "hardware",
+)
+RATE_COLUMNS = ("textbook (images/s)", "here (images/s)")
 
 
 def markdown(header: list[str], rows: Iterable[Iterable[str]]) -> str:
@@ -231,13 +241,7 @@ def speed_table() -> str:
         [name, *rates(textbook, here)]
         for name, textbook, here in speed_rows(128, False, "cpu.json")
     ]
-    header = [
-        "",
-        "textbook (images/s)",
-        "here (images/s)",
-        "times as fast (slowest to fastest turn)",
-    ]
-    return markdown(header, rows)
+    return markdown(["", *RATE_COLUMNS, "times as fast (slowest to fastest turn)"], rows)
 
 
 def long_speed_table(batch_size: int, *files: str) -> str:
@@ -248,10 +252,9 @@ def long_speed_table(batch_size: int, *files: str) -> str:
         share = here.get("share_of_peak")
         peak = f"{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})" if share else ""
         rows.append([name, *rates(textbook, here), memory, peak])
-    header = (
-        "|textbook (images/s)|here (images/s)|times as fast|memory, textbook / here|of the peak"
+    return markdown(
+        ["", *RATE_COLUMNS, "times as fast", "memory, textbook / here", "of the peak"], rows
     )
-    return markdown(header.split("|"), rows)
 
 
 def rates(textbook: dict, here: dict) -> list[str]:

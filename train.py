@@ -757,7 +757,8 @@ def prepare(given: dict, processes: Processes) -> Iterator[Run]:
         summary_writer_class()
     run = Run(run_dir, config, load_data(config, processes), device, processes)
     try:
-        open_folder(run, earlier_starts, output_dir, resume)
+        open_folder(run, output_dir, resume)
+        note_start(run, earlier_starts)
         yield run
     finally:
         run.close()
@@ -788,9 +789,7 @@ def load_data(config: dict, processes: Processes) -> Dataset:
     return dataset
 
 
-def open_folder(
-    run: Run, earlier_starts: list, output_dir: Path | None, resume: Path | None
-) -> None:
+def open_folder(run: Run, output_dir: Path | None, resume: Path | None) -> None:
     """Makes the run's folder, or loads what is in it, and keeps other processes out of it."""
     if not resume:
         run.dir = run.processes.from_first(lambda: make_run_dir(run.config, output_dir))
@@ -804,6 +803,10 @@ def open_folder(
     place = [run.epoch, run.step]
     if run.processes.highest(*place) != place:
         raise UserError(f"{run.dir} is not the same for all processes; is the folder shared?")
+
+
+def note_start(run: Run, earlier_starts: list) -> None:
+    """Notes the start in config.json, and opens TensorBoard's log if asked for."""
     if run.is_first and run.epoch < run.config["epochs"]:
         run.write_config(earlier_starts)
         if run.config["tensorboard"]:
