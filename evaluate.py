@@ -217,15 +217,18 @@ def draw_figures(
     some = one_of_each_class(split.labels, FIGURE_IMAGES)
     mistakes = most_confident_mistakes(probabilities, split.labels, FIGURE_IMAGES)
     drawn = {
-        "filters": figures.filters(network.conv1.weight.detach().cpu().numpy()),
+        "filters": figures.filters(
+            network.conv1.weight.detach().cpu().numpy(), "The filters of conv1"
+        ),
         "predictions": draw_predictions(split, probabilities, classes, some),
         "neighbours": draw_neighbours(
             network, preprocessing, precision, dataset, split.select(some[:5])
         ),
-        "classes": figures.class_accuracies(summary["per_class"], what),
+        "classes": figures.class_accuracies(summary["per_class"], f"Accuracy by class: {what}"),
         "reliability": figures.reliability(
             summary["calibration_bins"],
-            f"{what}, calibration error {100 * summary['calibration_error']:.1f} points",
+            f"Confidence and accuracy: {what},\n"
+            f"calibration error {100 * summary['calibration_error']:.1f} points",
         ),
         "feature-maps": draw_feature_maps(network, preprocessing, split.images[some[0]]),
     }
@@ -233,7 +236,9 @@ def draw_figures(
         drawn["normalisation"] = draw_normalisation(network, preprocessing, split.images[some])
     if first:
         learned = network.conv1.weight.detach().cpu() - first.conv1.weight.detach()
-        drawn["learned-filters"] = figures.filters(learned.numpy())
+        drawn["learned-filters"] = figures.filters(
+            learned.numpy(), "The filters of conv1 minus those before training"
+        )
     if len(mistakes):
         drawn["mistakes"] = draw_predictions(split, probabilities, classes, mistakes)
     return drawn

@@ -42,6 +42,11 @@ def as_text(name: str) -> str:
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
+def marker_distance(history: list[dict]) -> int:
+    """Every how many epochs a curve has a marker: more would hide the line."""
+    return max(1, len(history) // 12)
+
+
 def learning_curves(history: list[dict], title: str) -> Figure:
     """Loss and accuracy by epoch, training and validation.
 
@@ -51,7 +56,7 @@ def learning_curves(history: list[dict], title: str) -> Figure:
         title: what the run is.
     """
     splits = {
-        "train": ("training (during the epoch)", ORANGE, "s"),
+        "train": ("training (during the epoch, augmented)", ORANGE, "s"),
         "val": ("validation", BLUE, "o"),
     }
     if history[0]["val_loss"] is None:
@@ -62,7 +67,8 @@ def learning_curves(history: list[dict], title: str) -> Figure:
     for axes, metric, scale in ((loss_axes, "loss", 1), (accuracy_axes, "accuracy", 100)):
         for split, (name, colour, marker) in splits.items():
             values = [row[f"{split}_{metric}"] * scale for row in history]
-            axes.plot(epochs, values, color=colour, marker=marker, markersize=4, label=name)
+            style = {"color": colour, "marker": marker, "markersize": 4}
+            axes.plot(epochs, values, label=name, markevery=marker_distance(history), **style)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -282,7 +288,7 @@ def likeliest(pictures: list, captions: list[str], results: list[list[dict]]) ->
     """
     columns = min(4, len(pictures))
     rows = math.ceil(len(pictures) / columns)
-    figure = Figure(figsize=(2.25 * columns, 3.1 * rows), layout="constrained")
+    figure = Figure(figsize=(2.25 * columns, 3.3 * rows), layout="constrained")
     grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=(2, 1.25) * rows)
     for axes in grid.flat:
         axes.axis("off")
@@ -301,25 +307,27 @@ def likeliest(pictures: list, captions: list[str], results: list[list[dict]]) ->
         bar_axes.set_xlim(0, 1)
         bar_axes.set_ylim(4.5, -0.5)
     if any("right" in item for result in results for item in result):
-        meaning = [Patch(color=ORANGE, alpha=0.45, label="the true class")]
+        meaning = [Patch(color=ORANGE, alpha=0.45, label="the labelled class")]
         meaning.append(Patch(color=BLUE, alpha=0.45, label="another class"))
         figure.legend(handles=meaning, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def filters(weights: np.ndarray) -> Figure:
+def filters(weights: np.ndarray, title: str) -> Figure:
     """Fig. 3 of the paper: the filters of conv1, each stretched to its own full range.
 
     Args:
         weights: float [N, 3, h, w], drawn in rows of 16.
+        title: what they are.
     """
     stretched = {"normalize": True, "scale_each": True}
     picture = make_grid(torch.from_numpy(weights), 16, padding=1, pad_value=1, **stretched)
     _, height, width = picture.shape
-    figure = Figure(figsize=(9, 9 * height / width), layout="constrained")
+    figure = Figure(figsize=(9, 9 * height / width + 0.3), layout="constrained")
     axes = figure.subplots()
     axes.imshow(picture.movedim(0, 2).numpy(), interpolation="nearest")
     axes.axis("off")
+    axes.set_title(f"{title}, each stretched to its own range", fontsize=10)
     return figure
 
 
@@ -399,12 +407,14 @@ def reliability(bins: list[dict], title: str) -> Figure:
     )
     axes.plot([0, 100], [0, 100], color="black", linewidth=1, label="perfect calibration")
     axes.set_ylabel("accuracy (%)")
-    axes.set_ylim(0, 100)
-    axes.legend(loc="upper left", fontsize=9)
+    axes.set_ylim(0, 104)  # a marker at 100 is whole
     counts.bar(left, [row["images"] for row in filled], color=BLUE, alpha=0.6, **edges)
     counts.set_xlabel("confidence: probability of the likeliest class (%)")
-    counts.set_ylabel("images")
+    counts.set_ylabel("images (log)")
+    counts.set_yscale("log")  # a bar above may be that of one image
+    counts.set_ylim(bottom=0.5)
     counts.set_xlim(0, 100)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     for each in (axes, counts):
         each.grid(alpha=0.3)
     axes.set_title(title, fontsize=10)
@@ -431,6 +441,7 @@ def feature_maps(picture, maps: dict[str, np.ndarray]) -> Figure:
             axes.imshow(channel, cmap="magma", interpolation="nearest")
         size = " x ".join(map(str, channels.shape))
         row[0].set_ylabel(f"{name}\n{size}", rotation=0, ha="right", va="center", fontsize=9)
+    figure.suptitle("The eight channels with the largest sums, each on its own scale", fontsize=10)
     return figure
 
 
@@ -475,7 +486,7 @@ def compared_curves(histories: dict[str, list[dict]], against: str = "epoch") ->
     for (name, history), (colour, marker) in zip(histories.items(), SERIES, strict=False):
         places = [row[against] for row in history]
         style = {"color": colour, "marker": marker, "markersize": 4}
-        style["markevery"] = max(1, len(history) // 12)  # more would hide the lines
+        style["markevery"] = marker_distance(history)
         loss_axes.plot(places, [row["val_loss"] for row in history], label=name, **style)
         accuracy = [100 * row["val_accuracy"] for row in history]
         accuracy_axes.plot(places, accuracy, label=f"{name}: best {max(accuracy):.1f}%", **style)

@@ -102,7 +102,7 @@ def shown(axes):
 
 def test_filters_are_stretched_and_side_by_side():
     weights = np.random.default_rng(0).normal(size=(96, 3, 11, 11))
-    [axes] = figures.filters(weights).axes
+    [axes] = figures.filters(weights, "title").axes
     picture = shown(axes)
     assert picture.shape == (6 * 12 + 1, 16 * 12 + 1, 3)  # a line of one pixel between them
     tile = picture[12 + 1 : 2 * 12, 2 * 12 + 1 : 3 * 12].transpose(2, 0, 1)
@@ -126,7 +126,10 @@ def test_likeliest_marks_the_right_class():
     assert bars.patches[0].get_facecolor() != bars.patches[1].get_facecolor()
     assert [text.get_text() for text in bars.texts] == ["cat 75%", "dog 25%"]
     [legend] = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["the true class", "another class"]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "the labelled class",
+        "another class",
+    ]
     [wrong, right] = [bar.get_facecolor() for bar in bars.patches]
     assert [patch.get_facecolor() for patch in legend.get_patches()] == [right, wrong]
     unknown = figures.likeliest(pictures, list("abcde"), [[{"class": "cat", "probability": 1}]] * 5)
