@@ -29,6 +29,7 @@ from utils import (
     positive_int,
     read_csv,
     run_script,
+    say,
     write_csv,
     write_json,
 )
@@ -199,7 +200,7 @@ def train_run(run_dir: Path, settings: dict, stop: StopRequest) -> None:
                 train.train(run, stop)
             except train.DivergedError as error:
                 reason = str(error).partition("; ")[0]  # the rest is advice on a run of train.py
-                print(f"diverged: {reason}", flush=True)
+                say(f"diverged: {reason}")
                 with atomic_write(run_dir / DIVERGED) as temporary:
                     temporary.write_text(f"{reason}\n")
             except RuntimeError as error:
@@ -440,13 +441,13 @@ def train_all(args: argparse.Namespace) -> int:
     # Seed by seed, so that a comparison of everything comes early.
     runs = [(name, seed) for seed in range(args.seeds) for name in args.names]
     for number, (name, seed) in enumerate(runs, 1):
-        print(f"run {number} of {len(runs)}: {name}, seed {seed}", flush=True)
+        say(f"run {number} of {len(runs)}: {name}, seed {seed}")
         train_run(args.output_dir / f"{name}-{seed}", run_settings(args, name, seed), stop)
         if stop.signal:
-            print("stopped; the same command goes on from here")
+            say("stopped; the same command goes on from here")
             return 128 + stop.signal
         report(args)
-    print(f"the tables and pictures are in {args.output_dir}")
+    say(f"the tables and pictures are in {args.output_dir}")
     return 0
 
 

@@ -66,6 +66,7 @@ PARTS = {
 WHOLE_EPOCHS = ("pipeline", "pipeline-1-core", "loop")  # a turn is an epoch, not a batch
 ALL_PARTS = [*PARTS, "operations", "growth"]
 GROWTH_BATCH_SIZES = [4**i for i in range(6)]
+PATIENCE = 5  # seconds for a process to end when it is told to
 SECONDS_PER_TURN = 0.3  # short calls are repeated that long
 PROFILED_STEPS = 4
 OPERATIONS_SHOWN = 15
@@ -454,7 +455,7 @@ def started(cases: list[Case]) -> Iterator[list[Worker]]:
         for worker in workers:
             worker.process.terminate()  # after an error one may be in the middle of a turn
         for worker in workers:
-            worker.process.join(5)
+            worker.process.join(PATIENCE)
             worker.process.kill()  # in the middle of one long operation
             worker.process.join()
 

@@ -527,6 +527,7 @@ def random_maps(n: int, augmentation: Augmentation, generator: torch.Generator) 
         maps[:, 0] *= torch.randint(0, 2, (n, 1), generator=generator) * 2 - 1
     if augmentation.rotation or augmentation.zoom > 1:
         turn, zoom = torch.rand(2, n, generator=generator) * 2 - 1
+        # A power, so that it is as often smaller as larger.
         maps[:, :, :2] = maps[:, :, :2] @ turning_maps(
             turn * augmentation.rotation, augmentation.zoom**zoom
         )

@@ -108,7 +108,7 @@ class AlexNet(nn.Module):
         self.conv2 = nn.Conv2d(96, 256, 5, padding=2, groups=groups)  # 256 x 27 x 27
         self.norm2 = _norm(norm, groups)
         self.pool2 = _MaxPool2d(window)  # 256 x 13 x 13
-        self.conv3 = nn.Conv2d(256, 384, 3, padding=1)  # 384 x 13 x 13
+        self.conv3 = nn.Conv2d(256, 384, 3, padding=1)  # 384 x 13 x 13; sees both towers (§3.2)
         self.conv4 = nn.Conv2d(384, 384, 3, padding=1, groups=groups)  # 384 x 13 x 13
         self.conv5 = nn.Conv2d(384, 256, 3, padding=1, groups=groups)  # 256 x 13 x 13
         self.pool5 = _MaxPool2d(window)  # 256 x 6 x 6
@@ -128,7 +128,7 @@ class AlexNet(nn.Module):
         """
         torch.manual_seed(seed)
         network = cls(**settings)
-        if init != "he":  # which AlexNet() has drawn; anew they would be others
+        if init != "he":  # those are drawn already; drawn again they would be others
             network.reset_parameters(init)
         return network
 
@@ -269,7 +269,7 @@ class _DropoutScaledInTest(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Some values set to zero in training; all values times 1 - p in eval mode."""
-        # nn.Dropout divides by 1 - p in training, which this takes back, and leaves eval mode be.
+        # In training this undoes nn.Dropout's division by 1 - p; in eval mode that does nothing.
         return (1 - self.p) * super().forward(x)
 
 

@@ -1,8 +1,10 @@
 """Says what is in pictures: python predict.py runs/cifar10-sgd/best.pt photo.jpg folder
 
-In a notebook:
+From Python, in this folder:
 
+    from predict import Classifier, read_picture
     classifier = Classifier.from_checkpoint("runs/cifar10-sgd/best.pt")
+    images = torch.stack([read_picture("photo.jpg")])
     classifier.probabilities(images)  # uint8 [N, 3, 32, 32] to [N, 10]
 """
 
@@ -78,10 +80,12 @@ class Classifier:
         Raises ValueError for another size, which the network was not trained on: read_picture()
         reduces a picture.
         """
-        if images.shape[1:] != (3, SIZE, SIZE) or images.dtype != torch.uint8:
+        is_tensor = isinstance(images, Tensor)
+        if not is_tensor or images.shape[1:] != (3, SIZE, SIZE) or images.dtype != torch.uint8:
+            found = f"{images.dtype} {list(images.shape)}" if is_tensor else type(images).__name__
             raise ValueError(
-                f"Classifier expects uint8 images of shape [N, 3, {SIZE}, {SIZE}], got "
-                f"{images.dtype} {list(images.shape)}; read_picture() reduces a picture"
+                f"Classifier expects uint8 images of shape [N, 3, {SIZE}, {SIZE}], got {found}; "
+                "torch.stack([read_picture(file)]) makes them of a file"
             )
         device = self.network.conv1.weight.device
         logits = predict(self.network, images.to(device), self.preprocessing, self.precision)

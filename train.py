@@ -34,6 +34,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from dataset import (
+    DEFAULT_DATA_DIR,
     Augmentation,
     Dataset,
     Preprocessing,
@@ -131,6 +132,7 @@ def make_optimizer(network: AlexNet, config: dict) -> torch.optim.Optimizer:
     names = config.keys() & {"lr", "weight_decay", "momentum", "nesterov"}
     settings = {name: config[name] for name in names}
     kind = OPTIMIZERS[config["optimizer"]]
+    # Fused: one operation for all weights.
     return kind(parameter_groups(network, config), fused=True, **settings)
 
 
@@ -243,6 +245,7 @@ class Run:
         self.steps_per_epoch = math.ceil(len(self.train_split.labels) / config["batch_size"])
         self.total_steps = self.steps_per_epoch * config["epochs"]
         self.network = make_network(config, len(self.classes))
+        # A pixel's channels side by side in memory are faster.
         self.network.to(device, memory_format=torch.channels_last)
         self.parallel = processes.parallel(self.network)
         self.compiled = compiled(self.parallel, device) if config["compile"] else self.parallel
@@ -482,7 +485,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     seed_device(run.device, combine_seeds(run.config["seed"], global_step, run.processes.rank))
     if run.config["precision"] == "bf16":
         images = images.bfloat16()  # as conv1 takes them: less to mix and to copy
-    if len(labels) > 1 and is_mixed(run, global_step):
+    if len(labels) > 1 and is_mixed(run, global_step):  # an image alone has no partner
         images, targets = run.mix(images, labels)
         images = in_fast_layout(images)
         labels = targets.argmax(1)  # of the image that there is more of
@@ -495,7 +498,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     logits = logits.float()  # or in bf16 the loss of each image would be rounded
     smoothing = run.config["label_smoothing"]
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-    loss = loss / batch_images
+    loss = loss / batch_images  # not of these images alone, which may be a process's share
     (loss * run.processes.count).backward()  # the parallel network divides by it
     run.optimizer.step()
     # To None, not 0: with --compile the next step overwrites the memory that they lie in.
@@ -723,7 +726,11 @@ def readable_duration(seconds: float) -> str:
 
 def evaluate_command(run: Run) -> str:
     """The command that evaluates the run's best network."""
-    return shlex.join(["python", "evaluate.py", str(run.dir / "best.pt")])
+    arguments = ["evaluate.py", str(run.dir / "best.pt")]
+    # best.pt names the folder of when it was written, which --resume --data-dir may have changed.
+    if run.config["dataset"] == "cifar10" and run.config["data_dir"] != DEFAULT_DATA_DIR:
+        arguments += ["--data-dir", str(run.config["data_dir"])]
+    return shlex.join(["python", *arguments])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -112,7 +112,8 @@ def say(text: str) -> None:
 
 def _drop_output(stream=None) -> None:
     """Sends the stream, by default stdout, to nowhere, as its reader has gone (head, for one)."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), (stream or sys.stdout).fileno())
 
 
 class StopRequest:

@@ -123,7 +123,8 @@ def test_diverged_run_is_a_result(ablation, monkeypatch):
     assert diverged["val_accuracy"] == ""
     told = Path("out/tanh-0/diverged.txt").read_text()
     assert "the loss became nan" in told
-    assert "last.pt" not in told  # which was deleted
+    assert "Kept" not in told  # nothing is
+    assert "--lr" not in told  # which ablate.py does not have
 
 
 def test_diverged_run_does_not_shorten_the_papers_figure(monkeypatch, tmp_path):
@@ -196,7 +197,7 @@ def test_diverged_base_is_not_held_against_an_idea():
     assert (idea["diverged"], idea["seeds"]) == (0, 1)
 
 
-def test_folder_is_one_processs_alone(ablation, capsys):
+def test_folder_belongs_to_one_process(ablation, capsys):
     """Even before its first run has begun, and one that was refused leaves it to others."""
     Path("out").mkdir()
     lock = FolderLock(Path("out"))

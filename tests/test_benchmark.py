@@ -78,13 +78,14 @@ def test_growth_is_measured_with_one_process_and_with_two_that_share_a_batch(mon
         assert row["peak_memory_mib"] > row["processes"] * 58 * 4 * 3
 
 
-def test_interrupted_measurement_leaves_no_process():
+def test_interrupted_measurement_leaves_no_process(monkeypatch):
     """Ctrl-C does not wait for a turn, of half a minute here."""
+    monkeypatch.setattr(benchmark, "PATIENCE", 120)  # on a slow machine the end takes a while
     case = Case("pipeline", "textbook", "fp32", 100, 20_000, "cpu", 1)
     with contextlib.suppress(KeyboardInterrupt), benchmark.started([case]) as [worker]:
         worker.connection.send({})
         raise KeyboardInterrupt
-    assert worker.process.exitcode in (128 + signal.SIGTERM, -signal.SIGKILL)  # if it is slow
+    assert worker.process.exitcode == 128 + signal.SIGTERM
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to process groups")

@@ -151,7 +151,12 @@ def test_probabilities_are_the_softmax_of_the_network():
 
 
 @pytest.mark.parametrize(
-    "images", [torch.zeros(1, 3, 48, 64, dtype=torch.uint8), torch.zeros(1, 3, 32, 32)]
+    "images",
+    [
+        torch.zeros(1, 3, 48, 64, dtype=torch.uint8),
+        torch.zeros(1, 3, 32, 32),
+        Image.new("RGB", (32, 32)),
+    ],
 )
 def test_images_that_no_training_had_are_refused(images):
     classifier = Classifier.from_checkpoint(CHECKPOINT, "cpu")

@@ -207,9 +207,12 @@ def test_bad_command_is_one_line(tiny, capsys, options, named):
 
 @pytest.mark.parametrize(
     ("option", "text"),
-    [("dropout", "0.5"), ("batch_size", "256, in other recipes another")],
+    [
+        ("dropout", "0.5"),
+        ("weight_decay", "0.0005; another with some recipes, data sets or optimizers"),
+    ],
 )
-def test_help_says_whether_other_recipes_have_another_default(option, text):
+def test_help_says_whether_there_are_other_defaults(option, text):
     assert recipes.recipe_defaults(option) == f"default: {text}"
 
 

@@ -682,6 +682,23 @@ def test_batches_are_those_of_the_settings_and_the_seconds_those_of_the_epoch(
         assert [float(row["seconds"]) for row in csv.DictReader(file)] == [5, 5]
 
 
+def test_epoch_in_metrics_csv_is_in_timing_csv_already(tiny, monkeypatch):
+    """Whoever finds an epoch in metrics.csv takes it to be over, whenever the run was killed."""
+    write, written = train.write_csv, []
+    monkeypatch.setattr(train, "write_csv", lambda p, *a: written.append(p.name) or write(p, *a))
+    assert tiny("--epochs", 1, "--output-dir", "run") == 0
+    assert written == ["timing.csv", "metrics.csv"]
+
+
+def test_command_to_evaluate_names_the_folder_of_the_data():
+    config = {"dataset": "cifar10", "data_dir": "my data"}
+    run = SimpleNamespace(config=config, dir=Path("runs/x"))
+    command = "python evaluate.py runs/x/best.pt"
+    assert train.evaluate_command(run) == f"{command} --data-dir 'my data'"
+    config["data_dir"] = dataset.DEFAULT_DATA_DIR
+    assert train.evaluate_command(run) == command
+
+
 def test_augmentation_grows_over_the_first_epochs(tiny, monkeypatch):
     """Over half of four epochs: nothing, half, all, all."""
     seen = []

@@ -99,8 +99,11 @@ def test_second_interrupt_is_no_traceback(tmp_path):
 def test_ctrl_c_after_another_signal_is_the_first(handlers_restored):
     """One that stopped at once would lose what is about to be saved."""
     stop = StopRequest()
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        pytest.fail("it stopped at once")
     assert stop.signal == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -118,10 +121,11 @@ def test_line_to_a_terminal_that_was_closed_is_dropped(monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
 def test_line_to_a_full_disk_is_an_error(monkeypatch):
-    full = open("/dev/full", "w")  # noqa: SIM115 (closing it is an error too)
-    monkeypatch.setattr(sys, "stdout", full)
-    with pytest.raises(OSError, match="No space left"):
-        say("this would be lost")
+    with open("/dev/full", "w") as full, open(os.devnull, "w") as nowhere:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OSError, match="No space left"):
+            say("this would be lost")
+        os.dup2(nowhere.fileno(), full.fileno())  # or closing it would be an error too
 
 
 def test_programming_error_is_not_hidden():
