@@ -24,6 +24,8 @@ def _own_modules() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(HERE))
+        for name in NAMES - named_so.keys():  # the caller may import another of that name later
+            sys.modules.pop(name, None)
         sys.modules.update(others)
 
 

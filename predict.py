@@ -2,7 +2,9 @@
 
 From Python, in this folder:
 
+    import torch
     from predict import Classifier, read_picture
+
     classifier = Classifier.from_checkpoint("runs/cifar10-sgd/best.pt")
     images = torch.stack([read_picture("photo.jpg")])
     classifier.probabilities(images)  # uint8 [N, 3, 32, 32] to [N, 10]
@@ -26,9 +28,11 @@ from dataset import Preprocessing
 from evaluate import predict, top_classes
 from model import AlexNet
 from utils import (
+    PRECISIONS,
     OneLineParser,
     UserError,
     first_line,
+    is_out_of_memory,
     keep_freed_memory,
     output_file,
     positive_int,
@@ -114,6 +118,8 @@ def read_picture(source: str | Path) -> Tensor:
     except FileNotFoundError:
         raise UserError(f"{source} does not exist") from None
     except Exception as error:  # Pillow raises many types on a damaged file
+        if is_out_of_memory(error):
+            raise
         reason = first_line(error)
         raise UserError(f"{source} is no JPEG, PNG or WebP picture ({reason:.200})") from None
 
@@ -158,6 +164,7 @@ def parse_arguments() -> argparse.Namespace:
     add("pictures", nargs="+", metavar="picture", help="a file, a folder, or - for a pipe")
     add("--top", type=positive_int, default=3, metavar="N", help="classes to name; default: 3")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--precision", choices=PRECISIONS, help="default: the one the checkpoint was trained in")
     add("--json", type=output_file, metavar="FILE", help="write all probabilities to FILE")
     add("--figure", type=output_file, metavar="FILE", help=f"draw the first {SHOWN}")
     return parser.parse_args()
@@ -166,7 +173,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     keep_freed_memory()
-    classifier = Classifier.from_checkpoint(args.checkpoint, args.device)
+    classifier = Classifier.from_checkpoint(args.checkpoint, args.device, args.precision)
     wanted = list_pictures(args.pictures)
     names, pictures = [], []
     for name in wanted:

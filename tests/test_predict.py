@@ -164,13 +164,15 @@ def test_images_that_no_training_had_are_refused(images):
         classifier.probabilities(images)
 
 
-def test_hub_serves_a_program_that_has_modules_of_the_same_names(tmp_path):
+@pytest.mark.parametrize("before", [True, False])
+def test_hub_serves_a_program_that_has_modules_of_the_same_names(tmp_path, before):
+    """Whether it imports them before the hub's or only later."""
     names = ("model", "utils", "dataset", "evaluate", "figures")
     for name in names:
         (tmp_path / f"{name}.py").write_text("hers = True\n")
     arguments = f"torch.hub.load({str(ROOT)!r}, source='local', trust_repo=True, "
     (tmp_path / "program.py").write_text(
-        f"import torch, {', '.join(names)}\n"
+        f"import torch{', ' * before}{', '.join(names) * before}\n"
         f"print({arguments}model='alexnet', num_classes=7).config['num_classes'])\n"
         f"classifier = {arguments}model='classifier', checkpoint={str(CHECKPOINT)!r})\n"
         "print(len(classifier.classes))\n"
