@@ -17,7 +17,12 @@ from torch import Tensor
 
 from dataset import DATASETS, ENLARGED_SIZE, Preprocessing
 from model import CHOICES, IMAGE_SIZE, AlexNet
-from utils import DAMAGE_ERRORS, UserError, atomic_write
+from utils import (
+    DAMAGE_ERRORS,
+    UserError,
+    atomic_write,
+    is_out_of_memory,
+)
 
 FORMAT = "alexnet-cifar10"
 FORMAT_VERSION = 1
@@ -69,7 +74,9 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except Exception:  # torch's reader raises many types on a damaged file
+    except Exception as error:  # torch's reader raises many types on a damaged file
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path} is truncated or damaged; use another file") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this program: train.py writes those")

@@ -89,7 +89,11 @@ class Preprocessing:
                 deviation; "centred" subtracts the mean and leaves the scale of 0..255 (paper §2).
             augmentation: one of AUGMENTATIONS. With "paper" a plain image is the middle crop, as
                 the network has seen nothing but crops (2012 source, convdata.py, __trim_borders).
+
+        Raises ValueError for another input.
         """
+        if input not in INPUTS:
+            raise ValueError(f"input must be {' or '.join(INPUTS)}, got {input}")
         mean, covariance = colour_statistics(images)
         std = covariance.diagonal().sqrt()
         return cls(
@@ -170,9 +174,9 @@ def _to_split(cifar: CIFAR10) -> Split:
 def data_dir_of(training: dict) -> Path:
     """Where the run had CIFAR-10, if it is still there, else the default folder."""
     folder = Path(str(training.get("data_dir", DEFAULT_DATA_DIR)))
-    # Unlike Path.is_dir(), which may raise an error for a folder that is closed to this user.
-    there = os.path.isdir(folder / CIFAR10.base_folder)
-    return folder if there else Path(DEFAULT_DATA_DIR)
+    # Unlike Path.is_file(), which may raise an error for a folder that is closed to this user.
+    there = (os.path.isfile(folder / CIFAR10.base_folder / name) for name in _checksums())
+    return folder if all(there) else Path(DEFAULT_DATA_DIR)
 
 
 def _make_data_dir(data_dir: Path) -> None:
@@ -191,12 +195,16 @@ def _make_data_dir(data_dir: Path) -> None:
         )
 
 
+def _checksums() -> dict[str, str]:
+    """The MD5 of each file of CIFAR-10, by name."""
+    meta = {CIFAR10.meta["filename"]: CIFAR10.meta["md5"]}
+    return {**dict(CIFAR10.train_list + CIFAR10.test_list), **meta}
+
+
 def _has_cifar10(data_dir: Path) -> bool:
     """Whether every file is there and whole. Raises UserError for a damaged one."""
-    checksums = dict(CIFAR10.train_list + CIFAR10.test_list)
-    checksums[CIFAR10.meta["filename"]] = CIFAR10.meta["md5"]
     complete = True
-    for name, md5 in checksums.items():
+    for name, md5 in _checksums().items():
         path = data_dir / CIFAR10.base_folder / name
         if path.exists():
             _check_whole(path, md5)

@@ -5,6 +5,7 @@ Network and preprocessing are rebuilt from the checkpoint alone, which also name
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from dataset import (
 from model import IMAGE_SIZE, INITS, AlexNet
 from parallel import Processes
 from utils import (
+    PRECISIONS,
     OneLineParser,
     UserError,
     autocast,
@@ -407,7 +409,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument(
         "--precision",
-        choices=("auto", "fp32", "bf16"),
+        choices=PRECISIONS,
         help="default: the one the checkpoint was trained in",
     )
     parser.add_argument(
@@ -439,6 +441,11 @@ def main() -> None:
     keep_freed_memory()
     device = select_device(args.device)
     network, preprocessing, checkpoint = load_network(args.checkpoint)
+    if not os.access(args.checkpoint.parent, os.W_OK):
+        raise UserError(
+            f"{args.checkpoint.parent} is not writable, and the pictures go there; copy the "
+            "checkpoint to a folder of your own"
+        )
     training = checkpoint["training"]
     precision = select_precision(args.precision or training["precision"], device)
     if args.split == "val" and training.get("train_split") == "full":

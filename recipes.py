@@ -12,6 +12,7 @@ from dataset import AUGMENTATIONS, DATASETS, DEFAULT_DATA_DIR, INPUTS, data_dir_
 from model import CHOICES, INITS
 from utils import (
     DAMAGE_ERRORS,
+    PRECISIONS,
     OneLineParser,
     UserError,
     fraction,
@@ -209,8 +210,7 @@ def add_run_options(group) -> None:
     add = group.add_argument
     add("--seed", type=seed_number, help="of weights, order, augmentation, dropout; default: 0")
     add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
-    precisions = ("auto", "fp32", "bf16")
-    add("--precision", choices=precisions, help="auto: bf16 where it is fast; default: auto")
+    add("--precision", choices=PRECISIONS, help="auto: bf16 where it is fast; default: auto")
     add("--compile", action=FLAG, help="let torch.compile fuse the network; for GPUs")
     add("--deterministic", action=FLAG, help="bit-identical runs on an NVIDIA GPU too; slower")
     add("--save-every", type=positive_float, metavar="MINUTES", help="save that often; default: 3")

@@ -70,7 +70,7 @@ def run_script(main) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends it without a traceback
         _exit_with_line("interrupted", 128 + signal.SIGINT)
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         advice = "free some, use --device cpu, or train with a smaller --batch-size"
         _exit_with_line(f"error: out of memory; {advice}", 2)
@@ -83,10 +83,12 @@ def _code_of(main) -> int | None:
         return stopped.code
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the error says that there is too little memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    words = ("allocate memory", "ALLOC_FAILED", "out of memory")  # of CPUs, cuDNN, Apple's GPUs
+    # Of CPUs, of CPUs on Windows, of cuDNN, of Apple's GPUs.
+    words = ("allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
     return any(word in str(error) for word in words)
 
 
@@ -219,8 +221,16 @@ def select_device(name: str) -> torch.device:
     return device
 
 
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
 def select_precision(name: str, device: torch.device) -> str:
-    """The name unless it is "auto": then bf16 if the hardware is made for it, else fp32."""
+    """The name unless it is "auto": then bf16 if the hardware is made for it, else fp32.
+
+    Raises ValueError for a name other than "auto", "fp32" and "bf16".
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"precision must be {' or '.join(PRECISIONS)}, got {name}")
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -132,6 +132,25 @@ BAD_FILES = [
 ]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")],
+)
+def test_too_little_memory_is_not_told_as_damage(tmp_path, monkeypatch, capsys, content, error):
+    """Or a user would delete a good file."""
+
+    def no_memory(*_, **__):
+        raise error
+
+    save_checkpoint(tmp_path / "good.pt", content)
+    monkeypatch.setattr(torch, "load", no_memory)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "good.pt")])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(evaluate.main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("evaluate.py: error: out of memory")
+
+
 @pytest.mark.parametrize(("write", "named"), BAD_FILES, ids=[w.__name__ for w, _ in BAD_FILES])
 def test_bad_checkpoint_is_one_line(tmp_path, monkeypatch, capsys, content, write, named):
     monkeypatch.chdir(tmp_path)

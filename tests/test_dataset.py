@@ -685,8 +685,17 @@ def test_folder_of_the_data_itself_is_not_the_one_to_name(tiny_cifar10):
 def test_run_data_dir_is_used_if_it_is_still_there(tmp_path):
     training = {"data_dir": str(tmp_path)}
     assert data_dir_of(training) == Path("data")
-    (tmp_path / "cifar-10-batches-py").mkdir()
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    assert data_dir_of(training) == Path("data")  # what is missing would be fetched into it
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]:
+        (folder / name).touch()
     assert data_dir_of(training) == tmp_path
+
+
+def test_input_of_another_name_is_refused():
+    with pytest.raises(ValueError, match="input must be standardised or centred, got standardized"):
+        Preprocessing.of(draw_shapes().train.images, "standardized")
 
 
 def test_default_data_dir_is_made(tiny_cifar10, tmp_path, monkeypatch, serve):

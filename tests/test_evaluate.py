@@ -243,6 +243,18 @@ def test_classes_of_another_data_set(tmp_path, monkeypatch, capsys, content):
     assert "three.pt has other classes than shapes" in capsys.readouterr().err
 
 
+def test_checkpoint_in_a_folder_of_others_is_told_at_once(tmp_path, monkeypatch, capsys, content):
+    """The pictures have no place there; the tests may run as root, who can write anywhere."""
+    save_checkpoint(tmp_path / "best.pt", content)
+    monkeypatch.setattr(evaluate.os, "access", lambda *_: False)
+    monkeypatch.setattr(evaluate, "load_dataset", None)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "best.pt")])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(evaluate.main)
+    assert stopped.value.code == 2
+    assert "is not writable" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -181,6 +181,11 @@ def test_automatic_precision_on_a_cpu(monkeypatch, capabilities, expected):
     assert select_precision("auto", torch.device("cpu")) == expected
 
 
+def test_precision_of_another_name_is_refused():
+    with pytest.raises(ValueError, match="precision must be auto or fp32 or bf16, got fp16"):
+        select_precision("fp16", torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16")])
 def test_automatic_precision_on_a_gpu(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
