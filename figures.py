@@ -6,6 +6,7 @@ As a script it lays learning curves over each other: python figures.py runs/a ru
 import argparse
 import logging
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,13 @@ def save_figure(figure: Figure, path: Path) -> None:
     """
     suffix = path.suffix.lower().removeprefix(".")
     kind = suffix if suffix in figure.canvas.get_supported_filetypes() else "png"
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a name's letters that the font lacks
         figure.savefig(temporary, format=kind, dpi=120)
 
 
 def as_text(name: str) -> str:
-    """A file's name as matplotlib draws it: between two $ it reads a formula."""
+    """The name of a file or class as matplotlib draws it: between two $ it reads a formula."""
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
@@ -100,8 +102,9 @@ def confusion_matrix(matrix: np.ndarray, classes: list[str], title: str) -> Figu
             if value > 0.5:  # smaller shares would be printed as 0
                 colour = "white" if value > 55 else "black"
                 axes.text(predicted, true, f"{value:.0f}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
+    names = list(map(as_text, classes))
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(title)
@@ -302,7 +305,7 @@ def likeliest(pictures: list, captions: list[str], results: list[list[dict]]) ->
         for height, item in enumerate(r for r in result[:5] if r["probability"] >= 0.005):
             colour = ORANGE if item.get("right") else BLUE
             bar_axes.barh(height, item["probability"], color=colour, alpha=0.45)
-            label = f"{item['class']} {item['probability']:.0%}"
+            label = f"{as_text(item['class'])} {item['probability']:.0%}"
             bar_axes.text(0.01, height, label, va="center", fontsize=9)
         bar_axes.set_xlim(0, 1)
         bar_axes.set_ylim(4.5, -0.5)
@@ -351,8 +354,8 @@ def neighbours(
             place.imshow(np.asarray(picture).transpose(1, 2, 0), interpolation="nearest")
         for place, other_caption in zip(axes[1:], other_captions, strict=True):
             colour = "black" if other_caption == caption else ORANGE
-            place.set_xlabel(other_caption, fontsize=9, color=colour)
-        axes[0].set_ylabel(caption, rotation=0, ha="right", va="center")
+            place.set_xlabel(as_text(other_caption), fontsize=9, color=colour)
+        axes[0].set_ylabel(as_text(caption), rotation=0, ha="right", va="center")
         for side in axes[0].spines.values():
             side.set(color=ORANGE, linewidth=2.5)
     grid[0, 0].set_title("image", fontsize=10)
@@ -375,7 +378,7 @@ def class_accuracies(per_class: list[dict], title: str) -> Figure:
         # Rounding can put the end of an interval inside.
         error = [[max(0, accuracy - low)], [max(0, high - accuracy)]]
         axes.errorbar(accuracy, place, xerr=error, fmt="o", color=BLUE, capsize=3)
-    axes.set_yticks(range(len(ranked)), [row["class"] for row in ranked])
+    axes.set_yticks(range(len(ranked)), [as_text(row["class"]) for row in ranked])
     axes.set_xlabel("accuracy (%), with 95% interval")
     axes.grid(alpha=0.3)
     axes.set_title(title)
@@ -529,11 +532,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run_label(run: Path) -> str:
+    """The run's folder; matplotlib leaves labels that begin with _ out of a legend."""
+    return f"./{run}" if str(run).startswith("_") else str(run)
+
+
 def main() -> None:
     args = parse_arguments()
     if len(args.runs) > len(SERIES):
         raise UserError(f"{len(args.runs)} runs are too many for one picture; name at most four")
-    histories = {as_text(str(run)): read_history(run) for run in args.runs}
+    histories = {as_text(run_label(run)): read_history(run) for run in args.runs}
     save_figure(compared_curves(histories, args.against), args.output)
     print(f"wrote {args.output}")
 

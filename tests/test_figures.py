@@ -240,6 +240,36 @@ def test_runs_of_one_name_in_two_folders_are_two_curves(tmp_path, monkeypatch):
     assert labels == [r"\$a_\$/run", r"\$b_\$/run"]
 
 
+def test_names_are_drawn_as_they_are(tmp_path, recwarn):
+    """No formula between two $, and no warning of letters that the font does not have."""
+    names = [r"$\foo$", "猫"]
+    rows = [{"class": name, "accuracy": 0.5, "interval_95": (0.4, 0.7)} for name in names]
+    pictures = [np.zeros((3, 4, 4), np.uint8)] * 2
+    likeliest = [[{"class": name, "probability": 1.0, "right": True}] for name in names]
+    drawn = (
+        figures.class_accuracies(rows, "title"),
+        figures.confusion_matrix(np.eye(2), names, "title"),
+        figures.likeliest(pictures, names, likeliest),
+        figures.neighbours(pictures, [pictures] * 2, names, [names] * 2),
+    )
+    for figure in drawn:
+        figures.save_figure(figure, tmp_path / "figure.png")
+    assert not recwarn.list
+
+
+def test_run_whose_name_matplotlib_would_hide_is_in_the_legend(tmp_path, monkeypatch):
+    for name in ("_a", "b"):
+        write_run(tmp_path / name, "1,5,0.1,2,0.1,0.5,0.75")
+    monkeypatch.chdir(tmp_path)
+    drawn, draw = [], figures.compared_curves
+    monkeypatch.setattr(figures, "compared_curves", lambda *a: drawn.append(draw(*a)) or drawn[0])
+    monkeypatch.setattr("sys.argv", ["figures.py", "_a", "b"])
+    figures.main()
+    [legend] = drawn[0].legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["./_a: best 75.0%", "b: best 75.0%"]
+
+
 def test_run_between_its_two_files_is_read(tmp_path):
     """timing.csv has the second epoch already."""
     write_run(tmp_path / "run", "1,5,0.1,2,0.1,1.5,0.2", "2,10,0.1,2,0.1,1.0,0.5")
