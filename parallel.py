@@ -16,9 +16,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import UserError, select_device
+from utils import (
+    UserError,
+    first_line,
+    select_device,
+)
 
 T = TypeVar("T")
+
+
+def _number(variable: str, default: int) -> int:
+    value = os.environ.get(variable, default)
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(f"{variable}={value} is not a number; unset it") from None
 
 
 class Processes:
@@ -32,17 +44,18 @@ class Processes:
     """
 
     def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.max_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        self.count = _number("WORLD_SIZE", 1)
+        self.rank = _number("RANK", 0) if self.count > 1 else 0
+        self.local_rank = _number("LOCAL_RANK", 0) if self.count > 1 else 0
+        self.max_restarts = _number("TORCHELASTIC_MAX_RESTARTS", 0)
         self._shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
     def connect(self) -> None:
         """Waits until all processes are there. They talk by NCCL on GPUs, else by gloo.
 
-        Raises UserError if restarted processes could wait for ever for those from before, whose
-        addresses torchrun keeps in one store for all restarts unless it is told not to.
+        Raises UserError if not all of torchrun's variables are there, or if restarted processes
+        could wait for ever for those from before, whose addresses torchrun keeps in one store for
+        all restarts unless it is told not to.
         """
         if self.count > 1 and self.max_restarts and self._shares_store:
             raise UserError(
@@ -51,7 +64,13 @@ class Processes:
             )
         if self.count > 1:
             has_gpus = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
-            dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo")
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo")
+            except ValueError as error:
+                raise UserError(
+                    f"WORLD_SIZE is {self.count}, but torchrun's other variables are not set "
+                    f"({first_line(error)}); start with torchrun, or unset WORLD_SIZE"
+                ) from None
 
     def disconnect(self) -> None:
         """Ends together: the first may still be writing, and torchrun ends all when one exits."""
@@ -62,7 +81,8 @@ class Processes:
     def select_device(self, name: str) -> torch.device:
         """This process's own device, of the kind called name: "auto", "cpu" or "cuda".
 
-        Raises UserError if name is a single device, or if a machine has too few of the kind.
+        One process may name any device. Raises UserError if several name a single one, or if a
+        machine has too few of the kind.
         """
         gpus = torch.cuda.device_count()
         if self.count == 1 or name == "cpu" or (name == "auto" and not gpus):

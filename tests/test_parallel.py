@@ -186,6 +186,20 @@ def test_each_process_has_its_own_gpu(monkeypatch):
         )
 
 
+def test_rank_of_a_process_that_is_alone_does_not_count(monkeypatch):
+    """A variable that something else left behind would keep an image of each batch from it."""
+    alone = process(monkeypatch, RANK=1, LOCAL_RANK=1)
+    assert (alone.rank, alone.local_rank, alone.count) == (0, 0, 1)
+
+
+def test_variables_that_torchrun_did_not_set(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="start with torchrun, or unset WORLD_SIZE"):
+        process(monkeypatch, WORLD_SIZE=2, RANK=0).connect()
+    with pytest.raises(UserError, match="WORLD_SIZE=two is not a number; unset it"):
+        process(monkeypatch, WORLD_SIZE="two")
+
+
 @pytest.mark.parametrize(
     ("options", "variables", "named"),
     [
