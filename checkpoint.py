@@ -17,12 +17,7 @@ from torch import Tensor
 
 from dataset import DATASETS, ENLARGED_SIZE, Preprocessing
 from model import CHOICES, IMAGE_SIZE, AlexNet
-from utils import (
-    DAMAGE_ERRORS,
-    UserError,
-    atomic_write,
-    is_out_of_memory,
-)
+from utils import DAMAGE_ERRORS, UserError, atomic_write, is_out_of_memory
 
 FORMAT = "alexnet-cifar10"
 FORMAT_VERSION = 1

@@ -16,11 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import (
-    UserError,
-    first_line,
-    select_device,
-)
+from utils import UserError, first_line, select_device
 
 T = TypeVar("T")
 
