@@ -495,7 +495,8 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     network = run.compiled if batch_images == images_done(run, 1) else run.parallel
     with autocast(run.device, run.config["precision"]):
         logits = network(images)
-    logits = logits.float()  # or in bf16 the loss of each image would be rounded
+    if logits.dtype == torch.bfloat16:
+        logits = logits.float()  # or the loss of each image would be rounded to bf16
     smoothing = run.config["label_smoothing"]
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
     loss = loss / batch_images  # not of these images alone, which may be a process's share
