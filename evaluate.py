@@ -1,35 +1,24 @@
-"""Evaluates a checkpoint: python evaluate.py runs/cifar10-sgd/best.pt [--views 10]
+"""Evaluate a checkpoint: python evaluate.py runs/cifar10-sgd/best.pt [--views 10]
 
 Network and preprocessing are rebuilt from the checkpoint alone, which also names the data set.
 """
 
 import argparse
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import figures
 from checkpoint import load_network
-from dataset import (
-    DATASETS,
-    DEFAULT_DATA_DIR,
-    Dataset,
-    Preprocessing,
-    Split,
-    data_dir_of,
-    load_dataset,
-    plain_batches,
-    view_maps,
-)
-from model import IMAGE_SIZE, INITS, AlexNet
-from parallel import Processes
+from dataset import DATASETS, DEFAULT_DATA_DIR, Dataset, Split, find_data_dir, load_dataset
+from model import AlexNet, LocalResponseNorm
+from transforms import Preprocessing, eval_batches, ten_crop_maps
 from utils import (
     PRECISIONS,
     OneLineParser,
@@ -42,14 +31,19 @@ from utils import (
     run_script,
     select_device,
     select_precision,
+    to_device,
     write_json,
 )
 
-# The same in training and evaluation, so that both compute the same validation accuracy.
 BATCH_SIZE = 250
 CALIBRATION_BINS = 15
 FIGURE_IMAGES = 8  # in a figure
-NEIGHBOURS = 6  # of an image, as in the paper's Fig. 4
+NEIGHBORS = 6  # of an image, as in the paper's Fig. 4
+
+
+# ---------------------------------------------------------------------------------------------
+# Inference
+# ---------------------------------------------------------------------------------------------
 
 
 def predict(
@@ -58,22 +52,21 @@ def predict(
     preprocessing: Preprocessing,
     precision: str,
     view: Tensor | None = None,
+    quiet: bool = False,
 ) -> Tensor:
-    """Logits, float32 [N, classes], of uint8 images [N, 3, H, W] on the network's device.
+    """Return logits, float32 [N, classes], of uint8 images [N, 3, H, W] on the network's device.
 
     view is the map [2, 3] through which all of them are seen, by default the preprocessing's. The
-    network is in eval mode from then on.
+    network is in eval mode from then on. A terminal shows a progress bar unless quiet.
     """
     network.eval()
-    return in_batches(network, images, preprocessing, precision, view)
+    return in_batches(network, images, preprocessing, precision, view, quiet)
 
 
-def predict_features(
-    network: AlexNet, images: Tensor, preprocessing: Preprocessing, precision: str
-) -> Tensor:
-    """The network's features [N, 4096]; takes what predict() takes."""
+def embed(network: AlexNet, images: Tensor, preprocessing: Preprocessing, precision: str) -> Tensor:
+    """Return the activations of fc7, float32 [N, 4096]; takes what predict() takes."""
     network.eval()
-    return in_batches(network.features, images, preprocessing, precision)
+    return in_batches(network.embed, images, preprocessing, precision)
 
 
 @torch.no_grad()
@@ -83,32 +76,33 @@ def in_batches(
     preprocessing: Preprocessing,
     precision: str,
     view: Tensor | None = None,
+    quiet: bool = False,
 ) -> Tensor:
-    """What function makes of each image, float32 [N, ...], seen as in predict()."""
-    batches = plain_batches(images, preprocessing, BATCH_SIZE, view)
+    """Return what function makes of each image, float32 [N, ...]; otherwise as predict()."""
+    batches = eval_batches(images, preprocessing, BATCH_SIZE, view)
     total = math.ceil(len(images) / BATCH_SIZE)
     results = []
-    no_bar = True if Processes().rank > 0 else None  # None: shown on a terminal
-    for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=no_bar):
+    disable = True if quiet else None  # None: shown on a terminal
+    for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=disable):
         with autocast(images.device, precision):
             results.append(function(batch).float())
     return torch.cat(results)
 
 
-def predict_ten_views(
+def predict_ten_crops(
     network: AlexNet, images: Tensor, preprocessing: Preprocessing, precision: str
 ) -> Tensor:
-    """Logarithm of the mean of the softmax over the paper's ten views (§4.1), [N, classes].
+    """Return the logarithm of the mean softmax over the paper's ten views (§4.1), [N, classes].
 
-    Takes and returns what predict() does; as logits these give the mean's own probabilities.
+    Takes what predict() takes; as logits the values give the mean's own probabilities.
     """
-    views = view_maps()
+    views = ten_crop_maps()
     logits = [predict(network, images, preprocessing, precision, view) for view in views]
     return torch.stack(logits).log_softmax(2).logsumexp(0) - math.log(len(views))
 
 
-def top_classes(probabilities: Tensor, classes: list[str], count: int) -> list[dict]:
-    """The likeliest classes with their probabilities (0..1), most likely first."""
+def top_predictions(probabilities: Tensor, classes: list[str], count: int) -> list[dict]:
+    """Return the most probable classes with their probabilities (0..1), the highest first."""
     values, indices = probabilities.topk(min(count, len(classes)))
     return [
         {"class": classes[index], "probability": value}
@@ -116,82 +110,124 @@ def top_classes(probabilities: Tensor, classes: list[str], count: int) -> list[d
     ]
 
 
+# ---------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------
+
+
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean cross-entropy (nats) and top-1 accuracy (0..1)."""
+    """Return mean cross-entropy (nats) and top-1 accuracy (0..1)."""
     loss = F.cross_entropy(logits, labels)
     correct = (logits.argmax(1) == labels).sum()
     return loss.item(), correct.item() / len(labels)
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """95% confidence interval (0..1) of a share correct / total (Wilson 1927)."""
-    z = 1.96  # deviations of a normal distribution that 95% lie within
-    share = correct / total
-    centre = share + z**2 / (2 * total)
-    half_width = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    """Return the 95% confidence interval (0..1) of a proportion correct / total (Wilson 1927)."""
+    z = 1.96  # standard deviations of a normal distribution that 95% lie within
+    proportion = correct / total
+    center = proportion + z**2 / (2 * total)
+    half_width = z * math.sqrt(proportion * (1 - proportion) / total + z**2 / (4 * total**2))
     scale = 1 + z**2 / total
-    return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
+    return max(0.0, (center - half_width) / scale), min(1.0, (center + half_width) / scale)
 
 
 def calibration(logits: Tensor, labels: Tensor) -> tuple[float, list[dict]]:
-    """The expected calibration error (0..1), and the bins of confidence it is made of.
+    """Return the expected calibration error (0..1), and the bins of confidence it is made of.
 
-    The mean distance between confidence, the likeliest class's probability, and accuracy over 15
+    The mean distance between confidence, the top prediction's probability, and accuracy over 15
     bins of equal width, weighted by their images (Guo et al., ICML 2017, §2, eq. 3).
     """
     confidence, predicted = logits.cpu().double().softmax(1).max(1)  # not every GPU has float64
     correct = (predicted == labels.cpu()).double()
     edges = torch.linspace(0, 1, CALIBRATION_BINS + 1, dtype=torch.float64)
     index = torch.bucketize(confidence, edges[1:-1])
-    count = index.bincount(minlength=CALIBRATION_BINS).tolist()
-    sure = index.bincount(confidence, CALIBRATION_BINS).tolist()  # sums of confidence
-    right = index.bincount(correct, CALIBRATION_BINS).tolist()  # numbers of correct predictions
+    counts = index.bincount(minlength=CALIBRATION_BINS).tolist()
+    confidences = index.bincount(confidence, CALIBRATION_BINS).tolist()  # sums
+    corrects = index.bincount(correct, CALIBRATION_BINS).tolist()  # sums
     bins = [
         {
             "low": edges[i].item(),
             "high": edges[i + 1].item(),
             "images": n,
-            "confidence": sure[i] / n if n else None,
-            "accuracy": right[i] / n if n else None,
+            "confidence": confidences[i] / n if n else None,
+            "accuracy": corrects[i] / n if n else None,
         }
-        for i, n in enumerate(count)
+        for i, n in enumerate(counts)
     ]
-    error = sum(abs(s - r) for s, r in zip(sure, right, strict=True)) / len(labels)
-    return error, bins
+    distances = (abs(a - b) for a, b in zip(confidences, corrects, strict=True))
+    return sum(distances) / len(labels), bins
 
 
-def summarise(logits: Tensor, split: Split, classes: list[str]) -> dict:
-    """All that evaluate.py reports, as plain values: accuracies and intervals in 0..1."""
-    predicted = logits.argmax(1)
+def summarize(logits: Tensor, labels: Tensor, classes: list[str]) -> dict:
+    """Return all that evaluate.py reports, as plain values: accuracies and intervals in 0..1."""
     count = len(classes)
-    pairs = split.labels * count + predicted
-    matrix = pairs.bincount(minlength=count**2).view(count, count).cpu()
-    loss, accuracy = loss_and_accuracy(logits, split.labels)
-    calibration_error, bins = calibration(logits, split.labels)
-    per_class = []
-    for name, row, correct in zip(classes, matrix, matrix.diag(), strict=True):
-        correct, total = correct.item(), row.sum().item()
-        interval = wilson_interval(correct, total)
-        per_class.append(
-            {"class": name, "images": total, "accuracy": correct / total, "interval_95": interval}
-        )
-    mistakes = [
-        {"class": classes[true], "taken_for": classes[other], "images": matrix[true, other].item()}
+    pairs = labels * count + logits.argmax(1)
+    matrix = pairs.bincount(minlength=count**2).view(count, count).tolist()
+    loss, accuracy = loss_and_accuracy(logits, labels)
+    calibration_error, bins = calibration(logits, labels)
+    per_class = [
+        {
+            "class": name,
+            "images": sum(row),
+            "accuracy": row[i] / sum(row),
+            "interval_95": wilson_interval(row[i], sum(row)),
+        }
+        for i, (name, row) in enumerate(zip(classes, matrix, strict=True))
+        if sum(row)
+    ]
+    errors = [
+        {"class": classes[true], "predicted": classes[other], "images": matrix[true][other]}
         for true in range(count)
         for other in range(count)
-        if other != true and matrix[true, other] > 0
+        if other != true and matrix[true][other]
     ]
+    correct = sum(matrix[i][i] for i in range(count))
     return {
-        "images": len(split.labels),
+        "images": len(labels),
         "accuracy": accuracy,
-        "interval_95": wilson_interval(matrix.trace().item(), len(split.labels)),
+        "interval_95": wilson_interval(correct, len(labels)),
         "loss": loss,
         "calibration_error": calibration_error,
         "calibration_bins": bins,
         "per_class": per_class,
-        "most_confused": sorted(mistakes, key=lambda pair: -pair["images"])[:5],
-        "confusion_matrix": matrix.tolist(),
+        "most_confused": sorted(errors, key=lambda pair: -pair["images"])[:5],
+        "confusion_matrix": matrix,
     }
+
+
+def print_summary(one_view: dict, ten_views: dict | None = None) -> None:
+    """Print accuracy, loss and calibration error of what summarize() returned, side by side."""
+    summaries = [one_view] if ten_views is None else [one_view, ten_views]
+    if ten_views is not None:
+        print(f"{'':<20}{'one view':<28}ten views")
+    accuracies = [
+        "{:.2%} ({:.2%} to {:.2%})".format(s["accuracy"], *s["interval_95"]) for s in summaries
+    ]
+    losses = [f"{s['loss']:.4f}" for s in summaries]
+    errors = [f"{100 * s['calibration_error']:.2f} points" for s in summaries]
+    for name, values in (
+        ("top-1 accuracy", accuracies),
+        ("cross-entropy", losses),
+        ("calibration error", errors),
+    ):
+        print(f"{name:<20}" + "".join(f"{value:<28}" for value in values).rstrip())
+    print("brackets: 95% confidence interval")
+
+
+def print_classes(summary: dict) -> None:
+    """Print accuracy by class and the most confused pairs of what summarize() returned."""
+    print(f"\n{'class':<14}{'images':>7}{'accuracy':>10}   95% interval")
+    for row in summary["per_class"]:
+        low, high = row["interval_95"]
+        print(
+            f"{row['class']:<14}{row['images']:>7}{row['accuracy']:>10.1%}   "
+            f"{low:.1%} to {high:.1%}"
+        )
+    if summary["most_confused"]:
+        print("\nmost confused")
+    for pair in summary["most_confused"]:
+        print(f"{pair['class']} predicted as {pair['predicted']}: {pair['images']}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -207,148 +243,124 @@ def draw_figures(
     split: Split,
     logits: Tensor,
     summary: dict,
-    first: AlexNet | None = None,
 ) -> dict[str, figures.Figure]:
-    """All figures of a trained network but the confusion matrix, by name.
+    """Return all figures of a trained network but the confusion matrix, by name.
 
-    split is the one that logits are of; first is the network before training, if it is known.
+    split is the one that logits and summary are of. Layers that were replaced by others have no
+    figure.
     """
-    what = f"{len(split.labels):,} images, {summary['accuracy']:.1%} right"
-    classes = dataset.classes
+    what = f"{len(split.labels):,} images, {summary['accuracy']:.1%} correct"
     probabilities = logits.softmax(1)
-    some = one_of_each_class(split.labels, FIGURE_IMAGES)
-    mistakes = most_confident_mistakes(probabilities, split.labels, FIGURE_IMAGES)
+    examples = first_of_each_class(split.labels, FIGURE_IMAGES)
+    errors = most_confident_errors(probabilities, split.labels, FIGURE_IMAGES)
+    error_text = f"calibration error {100 * summary['calibration_error']:.1f} points"
     drawn = {
-        "filters": figures.filters(
-            network.conv1.weight.detach().cpu().numpy(), "The filters of conv1"
-        ),
-        "predictions": draw_predictions(split, probabilities, classes, some),
-        "neighbours": draw_neighbours(
-            network, preprocessing, precision, dataset, split.select(some[:5])
+        "predictions": draw_predictions(split, probabilities, dataset.classes, examples),
+        "neighbors": draw_neighbors(
+            network, preprocessing, precision, dataset, split.select(examples[:5])
         ),
         "classes": figures.class_accuracies(summary["per_class"], f"Accuracy by class: {what}"),
         "reliability": figures.reliability(
-            summary["calibration_bins"],
-            f"Confidence and accuracy: {what},\n"
-            f"calibration error {100 * summary['calibration_error']:.1f} points",
+            summary["calibration_bins"], f"Confidence and accuracy: {what},\n{error_text}"
         ),
-        "feature-maps": draw_feature_maps(network, preprocessing, split.images[some[0]]),
     }
-    if network.config["norm"] != "none":
-        drawn["normalisation"] = draw_normalisation(network, preprocessing, split.images[some])
-    if first:
-        learned = network.conv1.weight.detach().cpu() - first.conv1.weight.detach()
-        drawn["learned-filters"] = figures.filters(
-            learned.numpy(), "The filters of conv1 minus those before training"
-        )
-    if len(mistakes):
-        drawn["mistakes"] = draw_predictions(split, probabilities, classes, mistakes)
+    if len(errors):
+        drawn["errors"] = draw_predictions(split, probabilities, dataset.classes, errors)
+    conv1 = getattr(network.features, "conv1", None)
+    if isinstance(conv1, nn.Conv2d):
+        drawn["filters"] = figures.filters(conv1.weight.detach().cpu(), "The filters of conv1")
+    relus = [f"relu{i}" for i in range(1, 6) if hasattr(network.features, f"relu{i}")]
+    image = split.images[examples[:1]]
+    outputs = layer_values(network, preprocessing, image, relus)
+    maps = {name: output[0].numpy() for name, (_, output) in outputs.items()}
+    drawn["feature-maps"] = figures.feature_maps(image[0].cpu(), maps)
+    factors = normalization_factors(network, preprocessing, split.images[examples])
+    if factors:
+        title = f"Factor by which LRN multiplies activations, {len(examples)} images"
+        drawn["normalization"] = figures.normalization(factors, title)
     return drawn
 
 
-def first_network(checkpoint: dict) -> AlexNet | None:
-    """The network that the checkpoint's training began with, drawn anew; None if it is not told."""
-    seed, init = checkpoint["training"].get("seed"), checkpoint["training"].get("init", "he")
-    if type(seed) is not int or not 0 <= seed < 2**63 or init not in INITS:
-        return None
-    return AlexNet.from_seed(seed, init, **checkpoint["model"])
+def first_of_each_class(labels: Tensor, count: int) -> Tensor:
+    """Return the indices of the first image of class 0, of class 1 and so on, count at most."""
+    return torch.cat([(labels == label).nonzero()[0] for label in labels.unique()[:count]])
 
 
-def one_of_each_class(labels: Tensor, count: int) -> Tensor:
-    """The places of the first image of class 0, of class 1 and so on, count at most."""
-    places = [(labels == label).nonzero()[0] for label in labels.unique()[:count]]
-    return torch.cat(places)
-
-
-def most_confident_mistakes(probabilities: Tensor, labels: Tensor, count: int) -> Tensor:
-    """The places of the wrong answers with the highest probabilities, the highest first."""
+def most_confident_errors(probabilities: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Return the indices of the wrong predictions with the highest probabilities."""
     confidence, predicted = probabilities.max(1)
     wrong = (predicted != labels).nonzero().flatten()
     return wrong[confidence[wrong].argsort(descending=True)][:count]
 
 
 def draw_predictions(
-    split: Split, probabilities: Tensor, classes: list[str], places: Tensor
+    split: Split, probabilities: Tensor, classes: list[str], indices: Tensor
 ) -> figures.Figure:
-    """The paper's Fig. 4 left: these images, their classes, and the five likeliest as bars."""
+    """Return the paper's Fig. 4 left: images, their classes, and the top five predictions."""
     captions, results = [], []
-    for place in places.tolist():
-        label = split.labels[place].item()
-        captions.append(f"labelled {classes[label]}")
-        result = top_classes(probabilities[place], classes, 5)
-        results.append([item | {"right": item["class"] == classes[label]} for item in result])
-    return figures.likeliest(list(split.images[places].cpu()), captions, results)
+    for i in indices.tolist():
+        name = classes[split.labels[i]]
+        captions.append(f"labeled {name}")
+        top = top_predictions(probabilities[i], classes, 5)
+        results.append([item | {"correct": item["class"] == name} for item in top])
+    return figures.predictions(list(split.images[indices].cpu()), captions, results)
 
 
-def draw_neighbours(
+def draw_neighbors(
     network: AlexNet, preprocessing: Preprocessing, precision: str, dataset: Dataset, queries: Split
 ) -> figures.Figure:
-    """The paper's Fig. 4 right: the images of the training split with features nearest to theirs.
-
-    With --train-images or --train-split full the network was trained on fewer or more.
-    """
-    train = dataset.train.images.to(queries.images.device)
-    train_features = predict_features(network, train, preprocessing, precision)
-    query_features = predict_features(network, queries.images, preprocessing, precision)
-    nearest = torch.cdist(query_features, train_features).topk(NEIGHBOURS, largest=False).indices
-    names = [dataset.classes[label] for label in dataset.train.labels.tolist()]
-    return figures.neighbours(
+    """Return the paper's Fig. 4 right: the training images with the nearest activations of fc7."""
+    train = dataset.train.to(queries.images.device)
+    train_embeddings = embed(network, train.images, preprocessing, precision)
+    query_embeddings = embed(network, queries.images, preprocessing, precision)
+    nearest = torch.cdist(query_embeddings, train_embeddings).topk(NEIGHBORS, largest=False).indices
+    return figures.neighbors(
         list(queries.images.cpu()),
-        [list(train[row].cpu()) for row in nearest],
+        [list(train.images[row].cpu()) for row in nearest],
         [dataset.classes[label] for label in queries.labels.tolist()],
-        [[names[place] for place in row] for row in nearest.tolist()],
+        [[dataset.classes[label] for label in train.labels[row].tolist()] for row in nearest],
     )
 
 
-def draw_feature_maps(
-    network: AlexNet, preprocessing: Preprocessing, image: Tensor
-) -> figures.Figure:
-    """What the five convolutions make of one image, uint8 [3, H, W]."""
-    names = ("conv1", "conv2", "conv3", "conv4", "conv5")
-    outputs = layer_outputs(network, preprocessing, image[None], names)
-    maps = {name: network.activation(each)[0].numpy() for name, each in outputs.items()}
-    return figures.feature_maps(image.cpu(), maps)
-
-
-def draw_normalisation(
+def normalization_factors(
     network: AlexNet, preprocessing: Preprocessing, images: Tensor
-) -> figures.Figure:
-    """By how much LRN multiplies the activations that these images, uint8 [N, 3, H, W], cause."""
-    factors = normalisation_factors(network, preprocessing, images)
-    at_rest = network.norm1.k**-network.norm1.beta
-    title = f"By how much LRN multiplies activations, {len(images)} images"
-    return figures.normalisation({n: f.numpy() for n, f in factors.items()}, at_rest, title)
+) -> dict[str, np.ndarray]:
+    """Return output / input of each LRN layer for the inputs that are not 0, by layer."""
+    norms = [
+        name
+        for name, layer in network.features.named_children()
+        if isinstance(layer, LocalResponseNorm)
+    ]
+    values = layer_values(network, preprocessing, images, norms)
+    return {name: (y[x != 0] / x[x != 0]).numpy() for name, (x, y) in values.items()}
 
 
-def normalisation_factors(
-    network: AlexNet, preprocessing: Preprocessing, images: Tensor
-) -> dict[str, Tensor]:
-    """Output divided by input of norm1 and norm2, [number of inputs that are not 0] each."""
-    names = ("conv1", "norm1", "conv2", "norm2")
-    outputs = layer_outputs(network, preprocessing, images, names)
-    factors = {}
-    for before, after in (names[:2], names[2:]):
-        activations = network.activation(outputs[before])
-        active = activations != 0
-        factors[after] = outputs[after][active] / activations[active]
-    return factors
-
-
-def layer_outputs(
-    network: AlexNet, preprocessing: Preprocessing, images: Tensor, names: tuple[str, ...]
-) -> dict[str, Tensor]:
-    """What these layers make of at most a batch of uint8 images [N, 3, H, W], on the CPU."""
-    outputs = {}
+def layer_values(
+    network: AlexNet, preprocessing: Preprocessing, images: Tensor, names: list[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return input and output of these layers of `features` for uint8 images, on the CPU."""
+    values = {}
     hooks = [
-        getattr(network, name).register_forward_hook(
-            lambda _, __, output, name=name: outputs.update({name: output.cpu()})
+        getattr(network.features, name).register_forward_hook(
+            lambda _, x, y, name=name: values.update({name: (x[0].cpu(), y.cpu())})
         )
         for name in names
     ]
-    predict(network, images, preprocessing, "fp32")
+    predict(network, images, preprocessing, "fp32", quiet=True)
     for hook in hooks:
         hook.remove()
-    return outputs
+    return values
+
+
+def save_beside(checkpoint: Path, split: str, drawn: dict[str, figures.Figure]) -> None:
+    """Write figures beside the checkpoint: best-confusion-test.png beside best.pt."""
+    for name, figure in drawn.items():
+        path = checkpoint.with_name(f"{checkpoint.stem}-{name}-{split}.png")
+        try:
+            figures.save_figure(figure, path)
+            print(f"wrote {path}")
+        except UserError as error:
+            print(f"no picture: {error}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -356,114 +368,45 @@ def layer_outputs(
 # ---------------------------------------------------------------------------------------------
 
 
-def print_views(one: dict, ten: dict) -> None:
-    """The two summaries side by side."""
-    print(f"{'':<16}{'one view':<28}ten views")
-    texts = [f"{s['accuracy']:.2%} ({interval_text(s)})" for s in (one, ten)]
-    print(f"{'top-1 accuracy':<16}{texts[0]:<28}{texts[1]}")
-    print(f"{'cross-entropy':<16}{one['loss']:<28.4f}{ten['loss']:.4f}")
-    errors = [f"{100 * s['calibration_error']:.2f} points" for s in (one, ten)]
-    print(f"{'calibration':<16}{errors[0]:<28}{errors[1]}")
-    print("in brackets: 95% interval; below: one view")
-
-
-def interval_text(summary: dict) -> str:
-    """The 95% interval of what summarise() returned, for people."""
-    low, high = summary["interval_95"]
-    return f"{low:.2%} to {high:.2%}"
-
-
-def print_summary(summary: dict) -> None:
-    """Accuracy, loss and calibration error of what summarise() returned."""
-    print(
-        f"top-1 accuracy  {summary['accuracy']:.2%} (95% interval {interval_text(summary)})\n"
-        f"cross-entropy   {summary['loss']:.4f}\n"
-        f"calibration     {100 * summary['calibration_error']:.2f} points of expected error"
-    )
-
-
-def print_classes(summary: dict) -> None:
-    """Accuracy by class and the most confused pairs of what summarise() returned."""
-    print(f"\n{'class':<14}{'images':>7}{'accuracy':>10}   95% interval")
-    for row in summary["per_class"]:
-        low, high = row["interval_95"]
-        print(
-            f"{row['class']:<14}{row['images']:>7}{row['accuracy']:>10.1%}   "
-            f"{low:.1%} to {high:.1%}"
-        )
-    if summary["most_confused"]:
-        print("\nmost confused")
-    for pair in summary["most_confused"]:
-        print(f"{pair['class']} taken for {pair['taken_for']}: {pair['images']}")
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description="Evaluate a checkpoint of train.py.")
-    parser.add_argument("checkpoint", type=Path, help="a best.pt or last.pt")
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="default: test")
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        help=f"default: where the training found CIFAR-10, else {DEFAULT_DATA_DIR}",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        help="default: the one the checkpoint was trained in",
-    )
-    parser.add_argument(
-        "--views",
-        type=int,
-        choices=(1, 10),
-        default=1,
-        help="10: also the mean over four corners, centre, and their horizontal flips; default: 1",
-    )
-    parser.add_argument(
-        "--figures", action="store_true", help="draw more than the confusion matrix"
-    )
-    parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="write all results to FILE"
-    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a best.pt or last.pt")
+    add("--split", choices=("test", "val"), default="test", help="default: test")
+    where = f"where the training found CIFAR-10, else {DEFAULT_DATA_DIR}"
+    add("--data-dir", type=Path, help=f"default: {where}")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps; default: auto")
+    precisions = ("auto", *PRECISIONS)
+    what = "auto: 16 bits where the hardware is made for it; default: auto"
+    add("--precision", choices=precisions, default="auto", help=what)
+    views = "10: also the mean over four corners, center, and their horizontal flips; default: 1"
+    add("--views", type=int, choices=(1, 10), default=1, help=views)
+    what = "also save predictions, filters, feature maps, calibration and more"
+    add("--figures", action="store_true", help=what)
+    add("--json", type=output_file, metavar="FILE", help="write all results to FILE")
     return parser.parse_args()
-
-
-def save_beside(args: argparse.Namespace, drawn: dict[str, figures.Figure]) -> None:
-    """Writes pictures beside the checkpoint: best-confusion-test.png beside best.pt."""
-    for name, figure in drawn.items():
-        path = args.checkpoint.with_name(f"{args.checkpoint.stem}-{name}-{args.split}.png")
-        figures.save_figure(figure, path)
-        print(f"wrote {path}")
 
 
 def main() -> None:
     args = parse_arguments()
     keep_freed_memory()
     device = select_device(args.device)
+    precision = select_precision(args.precision, device)
     network, preprocessing, checkpoint = load_network(args.checkpoint)
-    if not os.access(args.checkpoint.parent, os.W_OK):
-        raise UserError(
-            f"{args.checkpoint.parent} is not writable, and the pictures go there; copy the "
-            "checkpoint to a folder of your own"
-        )
-    training = checkpoint["training"]
-    precision = select_precision(args.precision or training["precision"], device)
+    training, classes = checkpoint["training"], checkpoint["classes"]
     if args.split == "val" and training.get("train_split") == "full":
         raise UserError(f"{args.checkpoint} was trained on the validation images; use --split test")
-    dataset = load_dataset(training["dataset"], args.data_dir or data_dir_of(training))
-    if dataset.classes != checkpoint["classes"]:
-        raise UserError(
-            f"{args.checkpoint} has other classes than {training['dataset']}; use another"
-        )
+    dataset = load_dataset(training["dataset"], args.data_dir or find_data_dir(training))
+    if dataset.classes != classes:
+        raise UserError(f"{args.checkpoint} has other classes than {training['dataset']}")
     split = getattr(dataset, args.split).to(device)
 
-    network.to(device)
+    to_device(network, device)
     logits = predict(network, split.images, preprocessing, precision)
-    summary = summarise(logits, split, checkpoint["classes"])
-    ten = None
+    summary, ten_views = summarize(logits, split.labels, classes), None
     if args.views == 10:
-        ten_logits = predict_ten_views(network, split.images, preprocessing, precision)
-        ten = summarise(ten_logits, split, checkpoint["classes"])
+        ten_logits = predict_ten_crops(network, split.images, preprocessing, precision)
+        ten_views = summarize(ten_logits, split.labels, classes)
 
     if args.json:
         record = {
@@ -473,7 +416,7 @@ def main() -> None:
             "epoch": checkpoint["epoch"],
             "precision": precision,
             **summary,
-            **({"ten_views": ten} if ten else {}),
+            **({"ten_views": ten_views} if ten_views else {}),
             "training": training,
             "environment": environment(device),
         }
@@ -481,28 +424,17 @@ def main() -> None:
 
     name = f"{DATASETS[training['dataset']]}, {args.split} split"
     print(f"{args.checkpoint}: AlexNet, {checkpoint['epoch']} of {training['epochs']} epochs")
-    view = "the whole image" if preprocessing.enlarged_size == IMAGE_SIZE else "the centre crop"
-    print(
-        f"{name}, {summary['images']:,} images, one view is {view}, "
-        f"{precision} on {device_name(device)}\n"
-    )
-    if ten:
-        print_views(summary, ten)
-    else:
-        print_summary(summary)
+    view = "center crop" if preprocessing.enlarged_size > preprocessing.size else "whole image"
+    print(f"{name}, {summary['images']:,} images, {view}, {precision} on {device_name(device)}\n")
+    print_summary(summary, ten_views)
     print_classes(summary)
-
-    matrix = np.array(summary["confusion_matrix"])
-    title = f"{name}: {summary['accuracy']:.1%} top-1"
-    confusion = figures.confusion_matrix(matrix, checkpoint["classes"], title)
     print()
-    save_beside(args, {"confusion": confusion})
+    title = f"{name}: {summary['accuracy']:.1%} top-1"
+    matrix = figures.confusion_matrix(np.array(summary["confusion_matrix"]), classes, title)
+    save_beside(args.checkpoint, args.split, {"confusion": matrix})
     if args.figures:
-        first = first_network(checkpoint)
-        drawn = draw_figures(
-            network, preprocessing, precision, dataset, split, logits, summary, first
-        )
-        save_beside(args, drawn)
+        drawn = draw_figures(network, preprocessing, precision, dataset, split, logits, summary)
+        save_beside(args.checkpoint, args.split, drawn)
 
 
 if __name__ == "__main__":

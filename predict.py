@@ -1,12 +1,12 @@
-"""Says what is in pictures: python predict.py runs/cifar10-sgd/best.pt photo.jpg folder
+"""Classify images: python predict.py runs/cifar10-sgd/best.pt photo.jpg folder
 
 From Python, in this folder:
 
     import torch
-    from predict import Classifier, read_picture
+    from predict import Classifier, read_image
 
     classifier = Classifier.from_checkpoint("runs/cifar10-sgd/best.pt")
-    images = torch.stack([read_picture("photo.jpg")])
+    images = torch.stack([read_image("photo.jpg")])
     classifier.probabilities(images)  # uint8 [N, 3, 32, 32] to [N, 10]
 """
 
@@ -24,14 +24,13 @@ from torch import Tensor
 
 import figures
 from checkpoint import load_network
-from dataset import Preprocessing
-from evaluate import predict, top_classes
+from evaluate import predict, top_predictions
 from model import AlexNet
+from transforms import Preprocessing
 from utils import (
     PRECISIONS,
     OneLineParser,
     UserError,
-    first_line,
     is_out_of_memory,
     keep_freed_memory,
     output_file,
@@ -39,15 +38,18 @@ from utils import (
     run_script,
     select_device,
     select_precision,
+    summarize_error,
+    to_device,
+    user_file,
     write_json,
 )
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MOST_PIXELS = 2**26  # of a picture; larger ones are refused before they are unpacked
+MAX_PIXELS = 2**26  # of an image; larger ones are refused before they are unpacked
 SIZE = 32  # pixels; what the network was trained on, and enlarged from
 STDIN = "-"
-SHOWN = 12  # pictures in a figure
+FIGURE_IMAGES = 12
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Classifier:
     network: in eval mode, on its device.
     classes: the names of its outputs, in order.
     preprocessing: how pixels become its input.
-    precision: "fp32" or "bf16".
+    precision: "fp32", "fp16" or "bf16".
     """
 
     network: AlexNet
@@ -67,89 +69,94 @@ class Classifier:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, device: str = "auto", precision: str | None = None
+        cls, path: str | Path, device: str = "auto", precision: str = "auto"
     ) -> "Classifier":
-        """The classifier in a checkpoint of train.py; precision is by default the training's.
+        """Return the classifier in a checkpoint of train.py.
 
         Raises UserError if the file is no such checkpoint, or the device cannot be used.
         """
-        place = select_device(device)
+        target = select_device(device)
         network, preprocessing, checkpoint = load_network(path)
-        precision = select_precision(precision or checkpoint["training"]["precision"], place)
-        return cls(network.to(place), checkpoint["classes"], preprocessing, precision)
+        precision = select_precision(precision, target)
+        return cls(to_device(network, target), checkpoint["classes"], preprocessing, precision)
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Of each class, float32 [N, classes] on the CPU, for uint8 images [N, 3, 32, 32].
+        """Return each class's probability, float32 [N, classes] on the CPU.
 
-        Raises ValueError for another size, which the network was not trained on: read_picture()
-        reduces a picture.
+        Takes uint8 images [N, 3, 32, 32], as read_image() makes them. Raises ValueError for
+        others: the network was trained on that size.
         """
         is_tensor = isinstance(images, Tensor)
         if not is_tensor or images.shape[1:] != (3, SIZE, SIZE) or images.dtype != torch.uint8:
             found = f"{images.dtype} {list(images.shape)}" if is_tensor else type(images).__name__
             raise ValueError(
                 f"Classifier expects uint8 images of shape [N, 3, {SIZE}, {SIZE}], got {found}; "
-                "torch.stack([read_picture(file)]) makes them of a file"
+                "torch.stack([read_image(file)]) makes them of a file"
             )
-        device = self.network.conv1.weight.device
+        device = next(self.network.parameters()).device
         logits = predict(self.network, images.to(device), self.preprocessing, self.precision)
         return logits.softmax(1).cpu()
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ---------------------------------------------------------------------------------------------
 
 
-def read_picture(source: str | Path) -> Tensor:
-    """A JPEG, PNG or WebP file, or standard input for "-", as uint8 [3, 32, 32].
+def read_image(source: str | Path) -> Tensor:
+    """Read a JPEG, PNG or WebP file, or standard input for "-", as uint8 [3, 32, 32].
 
     The largest square in its middle, upright, in RGB, on white where it is transparent, averaged
-    down to the size of CIFAR-10's images. Raises UserError if it is no such picture.
+    down to the size of CIFAR-10's images. Raises UserError if it is no such image.
     """
     try:
-        if Path(source).exists() and not Path(source).is_file():
-            raise ValueError("not a regular file")  # a pipe could be endless
-        file = io.BytesIO(sys.stdin.buffer.read()) if source == STDIN else source
-        with warnings.catch_warnings():
+        with user_file("read", source), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that is not used
-            with Image.open(file, formats=FORMATS) as picture:
-                return _to_tensor(picture)
-    except FileNotFoundError:
-        raise UserError(f"{source} does not exist") from None
+            if source != STDIN and Path(source).exists() and not Path(source).is_file():
+                raise ValueError("not a regular file")  # a pipe could be endless
+            file = io.BytesIO(sys.stdin.buffer.read()) if source == STDIN else source
+            try:
+                with Image.open(file, formats=FORMATS) as image:
+                    return _to_tensor(image)
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError as error:  # Pillow's for a damaged file
+                raise ValueError(summarize_error(error)) from error
+    except UserError:
+        raise
     except Exception as error:  # Pillow raises many types on a damaged file
         if is_out_of_memory(error):
             raise
-        reason = first_line(error)
-        raise UserError(f"{source} is no JPEG, PNG or WebP picture ({reason:.200})") from None
+        reason = summarize_error(error)
+        raise UserError(f"{source} is no JPEG, PNG or WebP image ({reason:.200})") from error
 
 
-def _to_tensor(picture: Image.Image) -> Tensor:
-    if picture.width * picture.height > MOST_PIXELS:
-        raise ValueError(f"it has more than {MOST_PIXELS:,} pixels")
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits of grey, of which RGB keeps 8
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = ImageOps.fit(picture.convert("RGB"), (SIZE, SIZE), Image.Resampling.BOX)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def _to_tensor(image: Image.Image) -> Tensor:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it has more than {MAX_PIXELS:,} pixels")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of gray, of which RGB keeps 8
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = ImageOps.fit(image.convert("RGB"), (SIZE, SIZE), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def list_pictures(names: list[str]) -> list[str]:
-    """The names given, and for a folder the pictures in it, by name."""
-    pictures = []
-    for name in names:
-        folder = Path(name)
+def list_images(name: str) -> list[str]:
+    """Return the name of a file, or for a folder the images in it and its subfolders, by name.
+
+    Raises UserError if there are none.
+    """
+    folder = Path(name)
+    with user_file("read", folder):
         if name == STDIN or not folder.is_dir():
-            pictures.append(name)
-            continue
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-        if not found:
-            raise UserError(f"the folder {name} has no file that ends in {', '.join(SUFFIXES)}")
-        pictures += map(str, found)
-    return pictures
+            return [name]
+        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UserError(f"the folder {name} has no file that ends in {', '.join(SUFFIXES)}")
+    return list(map(str, found))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -158,15 +165,18 @@ def list_pictures(names: list[str]) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = OneLineParser(description="Say what is on pictures.")
+    parser = OneLineParser(description="Classify images.")
     add = parser.add_argument
     add("checkpoint", type=Path, help="a best.pt or last.pt of train.py")
-    add("pictures", nargs="+", metavar="picture", help="a file, a folder, or - for a pipe")
+    add("images", nargs="+", metavar="image", help="a file, a folder, or - for standard input")
     add("--top", type=positive_int, default=3, metavar="N", help="classes to name; default: 3")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--precision", choices=PRECISIONS, help="default: the one the checkpoint was trained in")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps; default: auto")
+    precisions = ("auto", *PRECISIONS)
+    what = "auto: 16 bits where the hardware is made for it; default: auto"
+    add("--precision", choices=precisions, default="auto", help=what)
     add("--json", type=output_file, metavar="FILE", help="write all probabilities to FILE")
-    add("--figure", type=output_file, metavar="FILE", help=f"draw the first {SHOWN}")
+    what = f"draw the first {FIGURE_IMAGES} to FILE"
+    add("--figure", type=output_file, metavar="FILE", help=what)
     return parser.parse_args()
 
 
@@ -174,30 +184,41 @@ def main() -> int:
     args = parse_arguments()
     keep_freed_memory()
     classifier = Classifier.from_checkpoint(args.checkpoint, args.device, args.precision)
-    wanted = list_pictures(args.pictures)
-    names, pictures = [], []
-    for name in wanted:
+    names, images, exit_code = [], [], 0
+    for argument in args.images:
         try:
-            pictures.append(read_picture(name))
-            names.append(name)
+            found = list_images(argument)
         except UserError as error:
-            print(f"predict.py: skipped: {error}", file=sys.stderr)
+            found, exit_code = [], _skip(error)
+        for name in found:
+            try:
+                images.append(read_image(name))
+                names.append(name)
+            except UserError as error:
+                exit_code = _skip(error)
     results = []
-    if pictures:
-        probabilities = classifier.probabilities(torch.stack(pictures))
+    if images:
+        probabilities = classifier.probabilities(torch.stack(images))
         classes = classifier.classes
-        results = [top_classes(row, classes, len(classes)) for row in probabilities]
+        results = [top_predictions(row, classes, len(classes)) for row in probabilities]
     if args.json:
-        content = [{"picture": n, "likeliest": r} for n, r in zip(names, results, strict=True)]
+        content = [{"image": n, "predictions": r} for n, r in zip(names, results, strict=True)]
         write_json(args.json, content)
-    if args.figure and pictures:
-        captions = [Path(name).name for name in names[:SHOWN]]
-        figure = figures.likeliest(pictures[:SHOWN], captions, results[:SHOWN])
-        figures.save_figure(figure, args.figure)
+    if args.figure and images:
+        captions = [Path(name).name for name in names[:FIGURE_IMAGES]]
+        first = slice(FIGURE_IMAGES)
+        figures.save_figure(
+            figures.predictions(images[first], captions, results[first]), args.figure
+        )
     for name, result in zip(names, results, strict=True):  # last: head may stop it
         words = [f"{item['class']} {item['probability']:.1%}" for item in result[: args.top]]
         print(f"{name}: {', '.join(words)}")
-    return 0 if len(names) == len(wanted) else 1
+    return exit_code
+
+
+def _skip(error: UserError) -> int:
+    print(f"predict.py: skipped: {error}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

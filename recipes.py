@@ -1,17 +1,17 @@
-"""What a run is to do: the recipes, the options of train.py, and the record of a run's settings."""
+"""What a run is to do: its settings, the recipes, the command line, and the record in config.json.
+
+config = new_config({"recipe": "paper", "epochs": 10})
+"""
 
 import argparse
 import json
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-from torchvision.transforms import v2
-
-from dataset import AUGMENTATIONS, DATASETS, DEFAULT_DATA_DIR, INPUTS, data_dir_of
-from model import CHOICES, INITS
+from dataset import DATASETS, DEFAULT_DATA_DIR, find_data_dir
+from transforms import AUGMENTATIONS, INPUTS, MIXES
 from utils import (
-    DAMAGE_ERRORS,
     PRECISIONS,
     OneLineParser,
     UserError,
@@ -21,107 +21,174 @@ from utils import (
     positive_int,
     probability,
     seed_number,
+    user_file,
 )
 
 # ---------------------------------------------------------------------------------------------
-# Recipes: what the options are unless the command line says otherwise
+# Settings and recipes
 # ---------------------------------------------------------------------------------------------
 
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-SGD = {"momentum": 0.9, "nesterov": False, "weight_decay": 5e-4}  # paper §5
-ADAM = {"weight_decay": 0.0}
-ADAMW = {"weight_decay": 0.05}
-SMALL = {"batch_size": 32}
-# Never change a value: a run from before an option existed is read as having had this one.
-ORIGINAL = {
-    "batch_size": 128,
-    "init": "he",
-    "input": "standardised",
-    "augmentation": "shift",
-    "augmentation_ramp": 0.0,
-    "mix": "none",
-    "mix_probability": 1.0,
-    "mix_off": 0.0,
-    "label_smoothing": 0.0,
-    "schedule": "cosine",
-    "warm_up": 0.05,
-    "bias_lr_factor": 1.0,
-    "bias_decay_factor": 1.0,
-    "ema": 0.0,
-    "activation": "relu",
-    "norm": "lrn",
-    "pooling": "overlapping",
-    "dropout": 0.5,
-    "dropout_scaling": "training",
-    "groups": 1,
+
+def _setting(group: str, default, help: str, type: type = str, **how):
+    metadata = {"group": group, "help": help, "how": {"type": type, **how}}
+    return field(default=default, metadata=metadata)
+
+
+data, learning, network, run = (
+    partial(_setting, group) for group in ("data", "learning", "network", "run")
+)
+
+
+@dataclass
+class Config:
+    """Settings of a run, each an option of train.py. The defaults are the recipe sgd's.
+
+    They train the best network we know: 200 epochs of SGD with CutMix.
+    """
+
+    recipe: str = learning("sgd", "sets the other defaults", choices=("sgd", "adam", "paper"))
+    optimizer: str = learning("sgd", "adam: the recipe adam", choices=("sgd", "adam"))
+    epochs: int = learning(200, "passes over the training images", positive_int)
+    batch_size: int = learning(256, "images per step, over all processes", positive_int)
+    lr: float = learning(0.08, "peak learning rate", positive_float)
+    momentum: float = learning(0.9, "of SGD (paper §5)", fraction)
+    weight_decay: float = learning(5e-4, "L2 penalty (paper §5)", non_negative_float)
+    bias_lr_factor: float = learning(1.0, "biases' multiple of --lr", non_negative_float)
+    bias_decay_factor: float = learning(
+        1.0, "biases' multiple of --weight-decay", non_negative_float
+    )
+    schedule: str = learning(
+        "cosine",
+        "cosine: warm-up, then half a cosine to 0; plateau: divided by 10, up to three times, "
+        "after 5 epochs without a new best validation accuracy (paper §5)",
+        choices=("cosine", "plateau"),
+    )
+    warm_up: float = learning(0.1, "part of the steps in which the rate rises", fraction)
+
+    dataset: str = data("cifar10", "shapes are drawn by the program", choices=tuple(DATASETS))
+    data_dir: str = data(DEFAULT_DATA_DIR, "folder of CIFAR-10, or to download it to")
+    train_split: str = data(
+        "train", "full: train on the validation images too", choices=("train", "full")
+    )
+    train_images: int | None = data(None, "train on so many images only", positive_int)
+    input: str = data(
+        "standardized",
+        "centered: minus the mean (paper §2); standardized: also divided by the deviation",
+        choices=INPUTS,
+    )
+    augmentation: str = data(
+        "shift",
+        "shift: flip, shift by up to 4 pixels; paper: flip, crop, PCA color augmentation (§4.1)",
+        choices=AUGMENTATIONS,
+    )
+    mix: str = data("cutmix", "paste a rectangle of one image into another", choices=MIXES)
+    mix_probability: float = data(1.0, "probability that a batch is mixed", probability)
+
+    init: str = network(
+        "he", "initial weights: He-normal, or those of 2012", choices=("he", "2012")
+    )
+    groups: int = network(1, "2: the two towers of 2012 (paper §3.2)", int, choices=(1, 2))
+    dropout: float = network(0.5, "after fc6 and fc7 (paper §4.2)", fraction)
+
+    seed: int = run(0, "of weights, order, augmentation and dropout", seed_number)
+    device: str = run("auto", "auto, cpu, cuda, cuda:1 or mps")
+    precision: str = run(
+        "auto", "auto: 16 bits where the hardware is made for it", choices=("auto", *PRECISIONS)
+    )
+    compile: bool = run(False, "let torch.compile fuse the network; for GPUs", bool)
+    deterministic: bool = run(False, "bit-identical runs on an NVIDIA GPU too; slower", bool)
+    save_every: float = run(3.0, "minutes between two saves", positive_float)
+
+
+# What a recipe changes of the defaults.
+RECIPES = {
+    "sgd": {},
+    "adam": {  # an hour on two CPU cores
+        "optimizer": "adam",
+        "epochs": 8,
+        "batch_size": 128,
+        "lr": 4e-4,
+        "weight_decay": 0.0,
+        "warm_up": 0.05,
+        "mix": "none",
+    },
+    "paper": {  # 2012
+        "epochs": 90,  # §5
+        "batch_size": 128,  # §5
+        "lr": 0.01,  # §5
+        "schedule": "plateau",  # §5
+        "bias_lr_factor": 2.0,  # 2012 source: layers/layer-params-145.cfg
+        "bias_decay_factor": 0.0,  # the same
+        "init": "2012",  # 2012 source: layers/layers-145.cfg
+        "input": "centered",  # §2
+        "augmentation": "paper",  # §4.1
+        "mix": "none",
+    },
 }
-MODERN = {**ORIGINAL}  # today's habits
-# What a search finds to be better goes in here, or in a row of RECIPES.
-ON_CIFAR10 = {**MODERN, "epochs": 200, "batch_size": 256, "mix": "cutmix", "warm_up": 0.1}
-PAPER = {  # 2012
-    **ORIGINAL,
-    "init": "2012",  # 2012 source: layers/layers-145.cfg, layers-166.cfg
-    "input": "centred",  # §2
-    "augmentation": "paper",  # §4.1
-    "schedule": "plateau",  # §5
-    "bias_lr_factor": 2.0,  # 2012 source: layers/layer-params-166.cfg
-    "bias_decay_factor": 0.0,  # the same
-    "activation": "relu",  # §3.1
-    "norm": "lrn",  # §3.3; 2012 source: layer.py
-    "pooling": "overlapping",  # §3.4
-    "dropout": 0.5,  # §4.2
-    "dropout_scaling": "test",  # §4.2
-    "groups": 1,  # one GPU is enough today; the paper had 2 (§3.2)
-}
-RECIPES = {  # the first row of a recipe and data set has the default optimizer
-    # Rate, warm-up and dropout were chosen together: docs/accuracy.md, "The learning rate".
-    ("modern", "cifar10", "sgd"): {"lr": 0.08, **SGD, **ON_CIFAR10, "dropout_scaling": "test"},
-    ("modern", "cifar10", "adam"): {"lr": 2e-4, **ADAM, **ON_CIFAR10},
-    # The better of the two AdamW runs in docs/accuracy.md.
-    ("modern", "cifar10", "adamw"): {"lr": 5e-4, "weight_decay": 0.2, **ON_CIFAR10},
-    ("modern", "shapes", "sgd"): {"epochs": 4, "lr": 0.01, **SGD, **MODERN, **SMALL},
-    ("modern", "shapes", "adam"): {"epochs": 4, "lr": 1e-4, **ADAM, **MODERN, **SMALL},
-    ("modern", "shapes", "adamw"): {"epochs": 4, "lr": 1e-4, **ADAMW, **MODERN, **SMALL},
-    # One to 2 1/4 hours on two CPU cores with bf16.
-    ("fast", "cifar10", "adam"): {"epochs": 8, "lr": 4e-4, **ADAM, **MODERN},
-    ("paper", "cifar10", "sgd"): {"epochs": 90, "lr": 0.01, **SGD, **PAPER},  # §5
-    # In 4 epochs §5's 0.01 never falls, and ends lower (results/shapes-paper).
-    ("paper", "shapes", "sgd"): {"epochs": 4, "lr": 1e-3, **SGD, **PAPER, **SMALL},
-}
-RECIPE_NAMES = ("modern", "fast", "paper")
-# As in ORIGINAL: never change a value, only add those of new options; old runs are read by these.
-DEFAULTS = {
-    "recipe": "modern",
-    "dataset": "cifar10",
-    "data_dir": DEFAULT_DATA_DIR,
-    "train_split": "train",
-    "seed": 0,
-    "device": "auto",
-    "precision": "auto",
-    "compile": False,
-    "deterministic": False,
-    "save_every": 3.0,
-    "tensorboard": False,
-}
-# What runs did before an option existed, whatever the recipes have now.
-BEFORE = {**DEFAULTS, **ORIGINAL, "nesterov": False}
-# Mixes pairs of images and their labels, all pairs of a batch in one ratio (CutMix: one rectangle);
-# alpha is torchvision's 1, as in both papers for CIFAR.
-MIXES = {
-    "none": None,
-    "mixup": v2.MixUp,  # Zhang et al. 2018, arXiv 1710.09412
-    "cutmix": v2.CutMix,  # Yun et al. 2019, arXiv 1905.04899
+# What the data set changes of a recipe: shapes are learnt in minutes.
+SHAPES = {
+    "sgd": {"epochs": 4, "batch_size": 32, "lr": 0.01, "warm_up": 0.05, "mix": "none"},
+    "adam": {"epochs": 4, "batch_size": 32, "lr": 1e-4},
+    "paper": {"epochs": 4, "batch_size": 32, "lr": 1e-3},
 }
 # Settings that --resume may change; any other would make it another experiment.
-CHANGEABLE = {
-    "epochs",
-    "data_dir",
-    "device",
-    "compile",
-    "deterministic",
-    "save_every",
-    "tensorboard",
-}
+CHANGEABLE = {"epochs", "data_dir", "device", "compile", "deterministic", "save_every"}
+FIELDS = {each.name: each for each in fields(Config)}
+
+
+def recipe_config(overrides: dict) -> Config:
+    """Return the defaults for these settings: of the recipe, the optimizer's own if none is named.
+
+    Raises UserError for an optimizer that the recipe does not have.
+    """
+    recipe = overrides.get("recipe", overrides.get("optimizer", "sgd"))
+    dataset = overrides.get("dataset", "cifar10")
+    changes = {**RECIPES[recipe], **(SHAPES[recipe] if dataset == "shapes" else {})}
+    config = replace(Config(), recipe=recipe, dataset=dataset, **changes)
+    if overrides.get("optimizer", config.optimizer) != config.optimizer:
+        raise UserError(
+            f"--recipe {recipe} is for --optimizer {config.optimizer}; leave one of the two out"
+        )
+    return config
+
+
+def new_config(overrides: dict) -> Config:
+    """Return every setting of a new run: the overrides, else the recipe's.
+
+    Raises UserError for settings that do not go together.
+    """
+    config = replace(recipe_config(overrides), **overrides)
+    for name, is_used, needed in (
+        ("momentum", config.optimizer == "sgd", "--optimizer sgd"),
+        ("warm_up", config.schedule == "cosine", "--schedule cosine"),
+        ("mix_probability", config.mix == "cutmix", "--mix cutmix"),
+    ):
+        if name in overrides and not is_used:
+            raise UserError(f"{option_name(name)} is for {needed}; leave it out")
+    check_config(config)
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Raise UserError for settings that do not go together."""
+    if config.train_split == "full" and config.schedule == "plateau":
+        raise UserError("--schedule plateau watches the validation images; use --train-split train")
+
+
+def run_name(config: Config) -> str:
+    """Return a title: data set, recipe, and every setting but the epochs that is not the recipe's.
+
+    Settings of the group run are left out.
+    """
+    usual = recipe_config({"recipe": config.recipe, "dataset": config.dataset})
+    names = [name for name, each in FIELDS.items() if each.metadata["group"] != "run"]
+    others = [
+        f"{name.replace('_', ' ')} {getattr(config, name)}"
+        for name in names
+        if name not in ("epochs", "data_dir") and getattr(config, name) != getattr(usual, name)
+    ]
+    title = f"AlexNet on {DATASETS[config.dataset]}, recipe {config.recipe}"
+    return ", ".join([title, *others])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -129,232 +196,134 @@ CHANGEABLE = {
 # ---------------------------------------------------------------------------------------------
 
 
-OTHERS = "another with some recipes, data sets or optimizers"
-FLAG = argparse.BooleanOptionalAction  # --no-x takes back what the recipe or the run has
+def parse_command_line(arguments: list[str] | None = None) -> dict:
+    """Return the settings that a command line of train.py gives, and output_dir or resume.
+
+    What is not given is not in the result. --help shows the defaults of the recipe that is given.
+    """
+    first = OneLineParser(add_help=False, argument_default=argparse.SUPPRESS)
+    for name in ("recipe", "optimizer", "dataset"):
+        add_option(first, FIELDS[name], "")
+    known, _ = first.parse_known_args(arguments)
+    return vars(make_parser(recipe_config(vars(known))).parse_args(arguments))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line; what is not given is not in the result."""
+def make_parser(defaults: Config) -> argparse.ArgumentParser:
+    """Return the parser of train.py with an option for each setting, showing these defaults."""
     parser = OneLineParser(
-        description="Train AlexNet. docs/training.md has the settings of all recipes.",
+        description="Train AlexNet. The defaults below are those of "
+        f"--recipe {defaults.recipe} --dataset {defaults.dataset}.",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument(
-        "--recipe", choices=RECIPE_NAMES, help="sets other defaults; default: modern"
+    groups = {}
+    for name, each in FIELDS.items():
+        title = each.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        add_option(groups[title], each, f" (default: {as_text(getattr(defaults, name))})")
+    where = groups["run"].add_mutually_exclusive_group()
+    where.add_argument(
+        "--output-dir", type=Path, help="the run's folder (default: a new one in runs)"
     )
-    add_data_options(parser.add_argument_group("data"))
-    add_learning_options(parser.add_argument_group("learning"))
-    add_network_options(parser.add_argument_group("network"))
-    add_run_options(parser.add_argument_group("run"))
+    where.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a stopped run")
     return parser
 
 
-def add_data_options(group) -> None:
-    add, of_recipe = group.add_argument, partial(add_setting, group)
-    add("--dataset", choices=DATASETS, help="shapes draws its own images; default: cifar10")
-    add("--data-dir", help=f"where CIFAR-10 is or goes; default: {DEFAULT_DATA_DIR}")
-    add(
-        "--train-split",
-        choices=("train", "full"),
-        help="full: train on the validation images too, once all choices are made; default: train",
-    )
-    add(
-        "--train-images", type=positive_int, metavar="N", help="train on so many only; default: all"
-    )
-    scale = "minus the mean; standardised: also divided by the standard deviation"
-    of_recipe("input", scale, choices=INPUTS)
-    of_recipe("augmentation", "of training images, see docs/training.md", choices=AUGMENTATIONS)
-    ramp = "share of the epochs in which the augmentation grows"
-    of_recipe("augmentation_ramp", ramp, type=fraction)
-    of_recipe("mix", "pairs of images and their labels", choices=MIXES)
-    of_recipe("mix_probability", "probability that a batch is mixed", type=probability)
-    of_recipe("mix_off", "share of the steps, at the end, without mixing", type=fraction)
-    of_recipe("label_smoothing", "share of a label that all classes get", type=fraction)
+def add_option(parser, setting: Field, default: str) -> None:
+    """Add the option of a setting to a parser or a group of one."""
+    how = dict(setting.metadata["how"])
+    if how["type"] is bool:
+        how = {"action": argparse.BooleanOptionalAction}
+    elif "choices" not in how:
+        how["metavar"] = {positive_int: "N", seed_number: "N", str: "NAME"}.get(how["type"], "X")
+    parser.add_argument(option_name(setting.name), help=setting.metadata["help"] + default, **how)
 
 
-def add_learning_options(group) -> None:
-    add, of_recipe = group.add_argument, partial(add_setting, group)
-    add("--optimizer", choices=OPTIMIZERS, help="default: sgd, adam for fast")
-    of_recipe("epochs", "passes over the images", type=positive_int)
-    of_recipe("batch_size", "images per step", type=positive_int)
-    of_recipe("lr", "the highest learning rate", type=positive_float)
-    of_recipe("momentum", "for sgd", type=fraction)
-    of_recipe("nesterov", "Nesterov momentum, for sgd", action=FLAG)
-    of_recipe("weight_decay", "L2 penalty; with adamw decoupled", type=non_negative_float)
-    factor = {"type": non_negative_float, "metavar": "FACTOR"}
-    of_recipe("bias_lr_factor", "biases' learning rate as a multiple of --lr", **factor)
-    of_recipe("bias_decay_factor", "biases' decay as a multiple of --weight-decay", **factor)
-    of_recipe("schedule", "how the learning rate falls", choices=("cosine", "plateau"))
-    rise = "share of the steps in which the learning rate rises; for cosine"
-    of_recipe("warm_up", rise, type=fraction)
-    average = "evaluate a moving average of the weights"
-    of_recipe("ema", average, type=fraction, metavar="DECAY")
+def option_name(name: str) -> str:
+    """Return the option of a setting: bias_lr_factor is --bias-lr-factor."""
+    return "--" + name.replace("_", "-")
 
 
-def add_network_options(group) -> None:
-    of_recipe = partial(add_setting, group)
-    of_recipe("init", "initial weights and biases", choices=INITS)
-    switches = {
-        "groups": "2: the paper's two towers",
-        "activation": "after conv1 to fc7",
-        "norm": "after conv1 and conv2",
-        "pooling": "3x3 or 2x2 at stride 2",
-        "dropout_scaling": "when dropout's factor is applied",
-    }
-    for name, what in switches.items():
-        of_recipe(name, what, type=type(CHOICES[name][0]), choices=CHOICES[name])
-    of_recipe("dropout", "after fc6 and fc7", type=fraction)
+def as_text(value) -> str:
+    """Return a default for --help."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "all" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def add_run_options(group) -> None:
-    add = group.add_argument
-    add("--seed", type=seed_number, help="of weights, order, augmentation, dropout; default: 0")
-    add("--device", help="auto, cpu, cuda, cuda:1, mps; default: auto")
-    add("--precision", choices=PRECISIONS, help="auto: bf16 where it is fast; default: auto")
-    add("--compile", action=FLAG, help="let torch.compile fuse the network; for GPUs")
-    add("--deterministic", action=FLAG, help="bit-identical runs on an NVIDIA GPU too; slower")
-    add("--save-every", type=positive_float, metavar="MINUTES", help="save that often; default: 3")
-    add("--tensorboard", action=FLAG, help="log to the run's folder for TensorBoard as well")
-    where = group.add_mutually_exclusive_group()
-    where.add_argument("--output-dir", type=Path, help="default: a new one in runs")
-    where.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a stopped run")
-
-
-def add_setting(group, name: str, what: str, **how) -> None:
-    """Adds the option of a setting whose default is the recipe's."""
-    group.add_argument(as_option(name), help=f"{what}; {recipe_defaults(name)}", **how)
-
-
-def recipe_defaults(name: str) -> str:
-    """For --help: the setting's default, and whether there are others in RECIPES."""
-    default, *others = dict.fromkeys(recipe[name] for recipe in RECIPES.values() if name in recipe)
-    return f"default: {default}" + (f"; {OTHERS}" if others else "")
+def as_options(settings: dict) -> list[str]:
+    """Return the options of train.py that give these settings."""
+    options = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            options.append(option_name(name if value else f"no_{name}"))
+        elif value is not None:
+            options.append(f"{option_name(name)}={value}")
+    return options
 
 
 # ---------------------------------------------------------------------------------------------
-# Settings of a run: new ones, and those of an earlier start
+# The record of a run
 # ---------------------------------------------------------------------------------------------
 
 
-def new_config(given: dict) -> dict:
-    """Every setting of a new run: what was given, else the recipe's."""
-    config = {**DEFAULTS, **given}
-    key = config["recipe"], config["dataset"]
-    optimizers = [optimizer for recipe, data, optimizer in RECIPES if (recipe, data) == key]
-    config["optimizer"] = given.get("optimizer", optimizers[0] if optimizers else None)
-    if config["optimizer"] not in optimizers:
-        where = f"--optimizer {' or '.join(optimizers)}" if optimizers else "--dataset cifar10"
-        raise UserError(f"--recipe {config['recipe']} is for {where}; leave one of the two out")
-    recipe = RECIPES[*key, config["optimizer"]]
-    for name in ("momentum", "nesterov"):
-        if name in config and name not in recipe:
-            raise UserError(f"{as_option(name)} is for --optimizer sgd; leave it out")
-    config = {**recipe, **config}
-    if config["schedule"] == "plateau" and config["warm_up"] != recipe["warm_up"]:
-        raise UserError("--warm-up is for --schedule cosine; leave it out")
-    check_config(config)
-    return config
+def record(config: Config, starts: list[dict]) -> dict:
+    """Return the content of config.json: the settings, and the environment of each start."""
+    return {"settings": asdict(config), "starts": starts}
 
 
-def check_config(config: dict) -> None:
-    """Raises UserError for settings that do not go together."""
-    if config["train_split"] == "full" and config["schedule"] == "plateau":
-        raise UserError("--schedule plateau watches the validation images; use --train-split train")
-    if config.get("nesterov") and not config["momentum"]:
-        raise UserError("--nesterov needs a --momentum above 0")
-    if config["augmentation_ramp"] and config["augmentation"] in ("shift", "none"):
-        raise UserError("--augmentation-ramp is not for --augmentation shift or none")
-    for name, usual in (("mix_probability", 1), ("mix_off", 0)):
-        if config[name] != usual and config["mix"] == "none":
-            raise UserError(f"{as_option(name)} needs --mix mixup or cutmix")
+def read_record(path: Path) -> tuple[Config, list[dict]]:
+    """Return the settings in a config.json, and the environments of the run's starts.
+
+    They are checked as the command line is. Raises UserError if it is not the record of a run.
+    """
+    try:
+        with user_file("read", path):
+            if path.exists() and not path.is_file():
+                raise ValueError("not a regular file")  # a pipe could be endless
+            content = json.loads(path.read_text())
+        settings, starts = content["settings"], list(content["starts"])
+        if settings.keys() != FIELDS.keys():
+            name = min(settings.keys() ^ FIELDS.keys())
+            raise ValueError(f"its settings are those of another version of this program: {name}")
+        parser = make_parser(Config())
+        config = replace(Config(), **vars(parser.parse_args(as_options(settings))))
+        check_config(config)
+    except (
+        UserError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise UserError(
+            f"{path} is not the record of a run ({error}); restore it, or start a new run"
+        ) from error
+    return config, starts
 
 
-def run_name(config: dict) -> str:
-    """A title: data set, optimizer, recipe, and every setting but the epochs that is not its."""
-    how = {"modern": "", "fast": ", fast recipe", "paper": ", the paper's recipe"}
-    optimizer = OPTIMIZERS[config["optimizer"]].__name__
-    name = f"AlexNet on {DATASETS[config['dataset']]}, {optimizer}{how[config['recipe']]}"
-    # A run may be older than its recipe's row.
-    row = RECIPES.get((config["recipe"], config["dataset"], config["optimizer"]), {})
-    usual = {**row, "train_split": "train", "train_images": None, "epochs": config["epochs"]}
-    others = {key: config.get(key) for key in usual if config.get(key) != usual[key]}
-    words = [
-        key.replace("_", " ") + ("" if value is True else f" {value}")
-        for key, value in others.items()
-    ]
-    return ", ".join([name, *words])
-
-
-def resumed_config(run_dir: Path, given: dict) -> tuple[dict, list]:
-    """The settings of the run in run_dir with the given changes, and its earlier starts.
+def resumed_config(run_dir: Path, overrides: dict) -> tuple[Config, list[dict]]:
+    """Return the settings of the run in run_dir with the given changes, and its earlier starts.
 
     Raises UserError if there is no run, or for changes that would make it another experiment.
     """
     if run_dir.is_file():
         raise UserError(f"--resume {run_dir} is a file; name its folder, {run_dir.parent}")
     path = run_dir / "config.json"
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("not a regular file")  # a pipe could be endless
-        record = json.loads(path.read_text())
-        if record["settings"].keys() & {"resume", "output_dir", "help"}:
-            raise ValueError("it has more than settings")
-        settings = vars(make_parser().parse_args(as_command_line(record["settings"])))
-        config = recorded_config(settings)
-        # The first version of this program noted one start only.
-        starts = list(record["starts"]) if "starts" in record else [record["environment"]]
-    except FileNotFoundError:
-        raise UserError(f"--resume {run_dir}: there is no run in it (no config.json)") from None
-    except (OSError, *DAMAGE_ERRORS, UserError) as error:  # RecursionError is a RuntimeError
-        raise UserError(
-            f"{path} is not the record of a run ({error}); restore it, or start a new run"
-        ) from None
-    if given.get("precision") == "auto":  # what was chosen is recorded
-        del given["precision"]
-    for name, value in given.items():
-        if name not in CHANGEABLE and value != config.get(name):
+    with user_file("read", path):
+        if not path.exists():
+            raise UserError(f"--resume {run_dir}: there is no run in it (no config.json)")
+    config, starts = read_record(path)
+    if overrides.get("precision") == "auto":  # what was chosen is recorded
+        overrides = {name: value for name, value in overrides.items() if name != "precision"}
+    for name, value in overrides.items():
+        if name not in CHANGEABLE and value != getattr(config, name):
             raise UserError(
-                f"{as_option(name)} {value} would make it another experiment than {run_dir}, "
-                f"which has {config.get(name)}: leave it out, or start a new run"
+                f"{option_name(name)} {value} would make it another experiment than {run_dir}, "
+                f"which has {getattr(config, name)}: leave it out, or start a new run"
             )
     # Where a run of someone else had its data, nothing is to be downloaded to.
-    config["data_dir"] = str(data_dir_of(config))
-    return {**config, **given}, starts
-
-
-def recorded_config(settings: dict) -> dict:
-    """All settings of a run from those it recorded; BEFORE has those that were no option then.
-
-    Recipes are not asked: they may have changed since. Raises KeyError if one is missing that every
-    run recorded, UserError for settings that do not go together.
-    """
-    # In the record's order, so that a resumed run's files are the same to the byte.
-    config = settings | {name: BEFORE[name] for name in BEFORE if name not in settings}
-    always = {"epochs", "lr", "weight_decay"}
-    if config["optimizer"] == "sgd":
-        always.add("momentum")
-    else:
-        del config["nesterov"]
-    if missing := always - config.keys():
-        raise KeyError(min(missing))
-    check_config(config)
-    return config
-
-
-def as_option(name: str) -> str:
-    """The option that sets a setting: bias_lr_factor is --bias-lr-factor."""
-    return "--" + name.replace("_", "-")
-
-
-def as_command_line(settings: dict) -> list[str]:
-    """The options of train.py that give these settings."""
-    options = []
-    for name, value in settings.items():
-        option = as_option(name)
-        if value is True:
-            options.append(option)
-        elif value is False:
-            options.append(option.replace("--", "--no-", 1))
-        else:
-            options.append(f"{option}={value}")
-    return options
+    config = replace(config, data_dir=str(find_data_dir(asdict(config))))
+    return replace(config, **overrides), starts

@@ -1,48 +1,45 @@
 import csv
-import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-# Before the first import of gpu_kernels.py: without a GPU Triton is to interpret its kernels.
+# Before the first import of kernels/: without a GPU Triton is to interpret its kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# cuBLAS reads it once, at a process's first product; train.py --deterministic needs it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from filelock import FileLock
-from tiny_train import SHAPES_PER_CLASS, UNITS
+import tiny as tiny_module
 
-import dataset
-import model
 import train
-from dataset import Preprocessing
-from model import AlexNet
+from dataset import SHAPES
+from recipes import new_config
 from utils import run_script
 
 ROOT = Path(__file__).parent.parent
-CLASSES = list("abc")
-# cuBLAS reads it once, at a process's first product; train.py --deterministic needs it.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
-FAST_PATHS = [*DEVICES, pytest.param("cuda --compile", marks=needs_gpu)]
-
-
-SLOW = ("test_notebook", "test_train", "test_faults")  # the files that take minutes
-
-
-def pytest_collection_modifyitems(items):
-    """Slow files first, so that none is left at the end to one of several processes (-n)."""
-    items.sort(key=lambda item: item.path.stem not in SLOW)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="more of what tests/test_faults.py tries")
+    parser.addoption("--long", action="store_true", help="also fault runs and whole trainings")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes; only with --long")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="needs --long"))
 
 
 @pytest.fixture(autouse=True)
@@ -60,60 +57,23 @@ def cifar10_dir():
     return folder
 
 
-def identity_maps(n):
-    """[n, 2, 3] maps of a plain resize."""
-    return torch.eye(2, 3).expand(n, 2, 3)
-
-
 def run_python(*arguments, cwd, **settings):
-    """Runs a script of the project as a user does and returns the finished process."""
+    """Run a script of the project as a user does and return the finished process."""
     script, *rest = map(str, arguments)
     command = [sys.executable, str(ROOT / script), *rest]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=3600, check=False, **settings
+        command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False, **settings
     )
 
 
-@pytest.fixture(scope="session")
-def content():
-    """A complete checkpoint of a network that was never trained."""
-    torch.manual_seed(0)
-    network = AlexNet(num_classes=3)
-    return {
-        "model": network.config,
-        "weights": network.state_dict(),
-        "classes": CLASSES,
-        "preprocessing": vars(Preprocessing([120.0] * 3, [60.0] * 3)),
-        "training": {"dataset": "shapes", "precision": "fp32", "epochs": 1},
-        "epoch": 1,
-    }
-
-
-@pytest.fixture(scope="session")
-def trained_run(tmp_path_factory):
-    """The folder and the output of one epoch of shapes with Adam: SGD learns less in it."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: one for all processes
-        folder = folder.parent
-    folder, output = folder / "trained", folder / "trained.json"
-    with FileLock(f"{folder}.lock"):
-        if not output.exists():
-            folder.mkdir(exist_ok=True)
-            options = ("--dataset", "shapes", "--optimizer", "adam", "--epochs", "1")
-            done = run_python("train.py", *options, cwd=folder)
-            assert done.returncode == 0, done.stderr
-            output.write_text(json.dumps({"stdout": done.stdout, "stderr": done.stderr}))
-    return folder, SimpleNamespace(**json.loads(output.read_text()))
-
-
-def rows(run_dir):
-    """What a run's metrics.csv says of each epoch."""
-    with open(Path(run_dir) / "metrics.csv") as file:
+def read_rows(path):
+    """Return the rows of a CSV file."""
+    with open(path) as file:
         return list(csv.DictReader(file))
 
 
 def same(a, b):
-    """Whether two checkpoints' contents are equal to the bit."""
+    """Return whether two checkpoints' contents are equal to the bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -124,8 +84,8 @@ def same(a, b):
 
 
 @pytest.fixture
-def handlers_restored():
-    """What a script does on signals ends with the test that ran it."""
+def signal_handlers():
+    """Restore what a script does on signals after the test that ran it."""
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     yield
     for number, handler in handlers.items():
@@ -134,21 +94,53 @@ def handlers_restored():
 
 
 @pytest.fixture
-def tiny(handlers_restored, monkeypatch, tmp_path):
-    """Runs train.py in this process on 40 training images and 64 units; returns the exit code."""
-    monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", SHAPES_PER_CLASS)
-    monkeypatch.setattr(model, "UNITS", UNITS)
+def tiny(signal_handlers, monkeypatch, tmp_path):
+    """Run train.py or evaluate.py in this process, tiny, in tmp_path; return the exit code.
+
+    tiny("--epochs", 2), tiny("runs/a/best.pt", script=evaluate): 40 training images of shapes, a
+    network of 67x67 pixels (tests/tiny.py).
+    """
+    tiny_module.shrink(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments):
+    def call(*arguments, script=train):
         arguments = list(map(str, arguments))
-        if "--resume" not in arguments:  # on a GPU, steps need not be equal to the bit
-            small = ["--dataset", "shapes", "--batch-size", "8", "--device", "cpu"]
+        if script is train and "--resume" not in arguments:
+            small = ["--dataset", "shapes", "--batch-size", "8", "--precision", "fp32"]
             arguments = [*small, *arguments]
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        device = [] if "--device" in arguments else ["--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments, *device])
         with pytest.raises(SystemExit) as stopped:
-            run_script(train.main)
+            run_script(script.main)
         return stopped.value.code
 
-    yield run
+    yield call
     torch.use_deterministic_algorithms(False)  # which --deterministic switched on
+
+
+@pytest.fixture
+def tiny_run(tiny, tmp_path):
+    """The folder of a finished tiny run of two epochs with a checkpoint that evaluate.py takes."""
+    assert tiny("--epochs", 2, "--output-dir", "run") == 0
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def content(tiny):
+    """The content of a checkpoint that evaluate.py takes: a tiny network that was never trained."""
+    network = tiny_module.TinyAlexNet()
+    torch.nn.init.normal_(network.classifier.fc8.weight, std=0.5)  # or all classes are alike
+    size = tiny_module.IMAGE_SIZE
+    return {
+        "model": {"num_classes": 10, "groups": 1, "dropout": 0.5},
+        "weights": network.state_dict(),
+        "classes": list(SHAPES),
+        "preprocessing": {
+            "mean": [120.0, 110.0, 100.0],
+            "std": [60.0, 50.0, 40.0],
+            "size": size,
+            "enlarged_size": size,
+        },
+        "training": asdict(new_config({"dataset": "shapes", "precision": "fp32"})),
+        "epoch": 1,
+    }

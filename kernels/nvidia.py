@@ -1,4 +1,4 @@
-"""Local response normalisation, max pooling and resampling for NVIDIA GPUs, in Triton.
+"""Local response normalization, max pooling and resampling for NVIDIA GPUs, in Triton.
 
 Activations are [N, C, H, W], channels last. Their kernels work on blocks of positions with all of
 their channels, so that LRN reads and writes every value once. torch.compile calls these operations
@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_CHANNELS = 2048  # of a position, which is not split
+MAX_CHANNELS = 2048  # of a position, which is not split
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # 128 threads; a product and a sum as one
 BLOCK_VALUES = {"norm": 2048, "pool": 1024}
-MOST_VALUES = 2**31 - 2**16  # places are 32-bit numbers, and a block may reach beyond the last
+MAX_VALUES = 2**31 - 2**16  # places are 32-bit numbers, and a block may reach beyond the last
 
 # ---------------------------------------------------------------------------------------------
 # Blocks
@@ -27,7 +27,7 @@ MOST_VALUES = 2**31 - 2**16  # places are 32-bit numbers, and a block may reach 
 
 @triton.jit
 def _block(positions, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """This block's positions [HEIGHT, 1] and channels [1, WIDTH], and which of them there are."""
+    """Return the block's positions [HEIGHT, 1], its channels [1, WIDTH], and which are inside."""
     position = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
     channel = tl.arange(0, WIDTH)[None, :]
     return position, channel, (position < positions) & (channel < CHANNELS)
@@ -69,7 +69,7 @@ def can_run(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# Local response normalisation
+# Local response normalization
 # ---------------------------------------------------------------------------------------------
 
 
@@ -97,19 +97,19 @@ def _window_sum(x, channel, BEFORE: tl.constexpr, AFTER: tl.constexpr, CHANNELS:
 
 
 @triton.jit
-def _normalise(
+def _normalize(
     a_start, out_start, factor, k,
     BETA: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     positions, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """out = a d^-beta with the divisor d = k + factor * (sum of the window's squares)."""
-    position, channel, there = _block(positions, CHANNELS, HEIGHT, WIDTH)
+    position, channel, valid = _block(positions, CHANNELS, HEIGHT, WIDTH)
     place = position * CHANNELS + channel
-    a = tl.load(a_start + place, mask=there, other=0.0).to(tl.float32)
+    a = tl.load(a_start + place, mask=valid, other=0.0).to(tl.float32)
     d = k + factor * _window_sum(a * a, channel, BEFORE, AFTER, CHANNELS)
     power, _ = _powers(d, BETA)
     out = a * power
-    tl.store(out_start + place, out.to(out_start.dtype.element_ty), mask=there)
+    tl.store(out_start + place, out.to(out_start.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -118,17 +118,17 @@ def _differentiate(
     BETA: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     positions, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient at a; its formula is at _gradient() in model.py."""
-    position, channel, there = _block(positions, CHANNELS, HEIGHT, WIDTH)
+    """The gradient at a; its formula is at _gradient() in cpu.py."""
+    position, channel, valid = _block(positions, CHANNELS, HEIGHT, WIDTH)
     place = position * CHANNELS + channel
-    a = tl.load(a_start + place, mask=there, other=0.0).to(tl.float32)
-    grad = tl.load(grad_start + place, mask=there, other=0.0).to(tl.float32)
+    a = tl.load(a_start + place, mask=valid, other=0.0).to(tl.float32)
+    grad = tl.load(grad_start + place, mask=valid, other=0.0).to(tl.float32)
     d = k + factor * _window_sum(a * a, channel, BEFORE, AFTER, CHANNELS)
     power, inverse = _powers(d, BETA)
     out = grad * power
     # The window is mirrored: summed are the channels that have this one in theirs.
     out -= 2 * BETA * factor * a * _window_sum(out * a * inverse, channel, AFTER, BEFORE, CHANNELS)
-    tl.store(out_start + place, out.to(out_start.dtype.element_ty), mask=there)
+    tl.store(out_start + place, out.to(out_start.dtype.element_ty), mask=valid)
 
 
 @torch.library.custom_op("alexnet::local_response_norm", mutates_args=())
@@ -138,7 +138,7 @@ def local_response_norm(
     """What model.LocalResponseNorm does, computed in float32; differentiable once."""
     a = _channels_last(a)
     out = torch.empty_like(a)
-    _launch_over_groups(_normalise, groups, a, out, alpha / size, k, beta, *_window(size))
+    _launch_over_groups(_normalize, groups, a, out, alpha / size, k, beta, *_window(size))
     return out
 
 
@@ -192,20 +192,20 @@ def _pool(
     positions, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The largest of SIZE x SIZE values, and which of them it is: the first, if some are equal."""
-    position, channel, there = _block(positions, CHANNELS, HEIGHT, WIDTH)
+    position, channel, valid = _block(positions, CHANNELS, HEIGHT, WIDTH)
     image, y, x = _coordinates(position, OUT_HEIGHT, OUT_WIDTH)
     corner = ((image * IN_HEIGHT + 2 * y) * IN_WIDTH + 2 * x) * CHANNELS + channel
-    largest = tl.load(x_start + corner, mask=there, other=0.0).to(tl.float32)
+    largest = tl.load(x_start + corner, mask=valid, other=0.0).to(tl.float32)
     winner = tl.zeros([HEIGHT, WIDTH], tl.int32)
     for i in tl.static_range(1, SIZE * SIZE):
         place = corner + (i // SIZE * IN_WIDTH + i % SIZE) * CHANNELS
-        value = tl.load(x_start + place, mask=there, other=0.0).to(tl.float32)
+        value = tl.load(x_start + place, mask=valid, other=0.0).to(tl.float32)
         wins = (value > largest) | (value != value)  # NaN wins, as in torch
         largest = tl.where(wins, value, largest)
         winner = tl.where(wins, i, winner)
     place = position * CHANNELS + channel
-    tl.store(out_start + place, largest.to(out_start.dtype.element_ty), mask=there)
-    tl.store(winner_start + place, winner.to(tl.int8), mask=there)
+    tl.store(out_start + place, largest.to(out_start.dtype.element_ty), mask=valid)
+    tl.store(winner_start + place, winner.to(tl.int8), mask=valid)
 
 
 @triton.jit
@@ -218,7 +218,7 @@ def _unpool(
 
     A position is a square of 2x2 values, so that the place of each in its windows is known.
     """
-    position, channel, there = _block(positions, CHANNELS, HEIGHT, WIDTH)
+    position, channel, valid = _block(positions, CHANNELS, HEIGHT, WIDTH)
     image, y, x = _coordinates(position, (IN_HEIGHT + 1) // 2, (IN_WIDTH + 1) // 2)
     for down in tl.static_range(2):
         for right in tl.static_range(2):
@@ -229,13 +229,13 @@ def _unpool(
                     inside = (
                         (out_y >= 0) & (out_y < OUT_HEIGHT) & (out_x >= 0) & (out_x < OUT_WIDTH)
                     )
-                    inside &= there
+                    inside &= valid
                     place = ((image * OUT_HEIGHT + out_y) * OUT_WIDTH + out_x) * CHANNELS + channel
                     winner = tl.load(winner_start + place, mask=inside, other=-1)
                     grad = tl.load(grad_start + place, mask=inside, other=0.0).to(tl.float32)
                     total += tl.where(winner == i * SIZE + j, grad, 0.0)
             in_y, in_x = 2 * y + down, 2 * x + right
-            inside = there & (in_y < IN_HEIGHT) & (in_x < IN_WIDTH)
+            inside = valid & (in_y < IN_HEIGHT) & (in_x < IN_WIDTH)
             place = ((image * IN_HEIGHT + in_y) * IN_WIDTH + in_x) * CHANNELS + channel
             tl.store(out_start + place, total.to(out_start.dtype.element_ty), mask=inside)
 
@@ -331,7 +331,7 @@ def _resample(
     """Pixels of an output image from four pixels of its input image, by their distances."""
     image = tl.program_id(0).to(tl.int64)
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = pixel < OUT_SIZE * OUT_SIZE
+    valid = pixel < OUT_SIZE * OUT_SIZE
     x = (2.0 * (pixel % OUT_SIZE) + 1.0) / OUT_SIZE - 1.0
     y = (2.0 * (pixel // OUT_SIZE) + 1.0) / OUT_SIZE - 1.0
     numbers = maps_start + image * 6
@@ -351,7 +351,7 @@ def _resample(
         upper = upper_left + to_right * (upper_right - upper_left)
         lower = lower_left + to_right * (lower_right - lower_left)
         out_plane = out_start + (image * CHANNELS + channel) * (OUT_SIZE * OUT_SIZE)
-        tl.store(out_plane + pixel, upper + down * (lower - upper), mask=there)
+        tl.store(out_plane + pixel, upper + down * (lower - upper), mask=valid)
 
 
 def resample(images: Tensor, maps: Tensor, size: int) -> Tensor:
