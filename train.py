@@ -27,7 +27,7 @@ from distributed import Processes, is_connection_lost
 from model import AlexNet, init_weights
 from recipes import Config, new_config, parse_command_line, resumed_config, run_name
 from run import Progress, Run, check_output_dir
-from transforms import combine_seeds
+from transforms import stream_seed
 from utils import (
     PRECISIONS,
     StopRequest,
@@ -68,7 +68,8 @@ def train(run: Run, stop: StopRequest) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = group["lr_factor"] * lr_at(run, run.global_step)
             # Dropout and CutMix depend on seed, step and process: a resumed run repeats them.
-            seed_device(device, combine_seeds(config.seed, run.global_step, processes.rank))
+            position = run.global_step, processes.rank
+            seed_device(device, stream_seed(config.seed, "step", *position))
             images = images.to(PRECISIONS[config.precision])  # as conv1 takes them
             images, targets = run.mix(images, labels, run.global_step)
             with autocast(device, config.precision):

@@ -22,6 +22,7 @@ from utils import kernels
 INPUTS = ("standardized", "centered")
 AUGMENTATIONS = ("shift", "paper", "none")
 MIXES = ("cutmix", "none")
+STREAMS = ("data", "step", "mix")
 ENLARGED_SIZE = 256  # of the image that the paper's crops are cut from (§2, §4.1)
 COLOR_NOISE = 0.1  # standard deviation of alpha (paper §4.1; 2012 source: color_noise_coeff)
 
@@ -239,7 +240,7 @@ def training_batches(
     what it would have seen. The last batch holds what is left. shard is the part of every batch
     that one of several processes takes; it may be empty in the last one.
     """
-    generator = torch.Generator().manual_seed(combine_seeds(seed, epoch))
+    generator = torch.Generator().manual_seed(stream_seed(seed, "data", epoch))
     n = len(split.labels)
     index = torch.randperm(n, generator=generator).to(split.images.device)
     maps = random_maps(n, augmentation, generator).to(split.images.device)
@@ -281,16 +282,18 @@ class Mix:
         """Return images [B, 3, S, S] and targets: labels [B], or if mixed [B, classes]."""
         if len(labels) < 2:  # an image alone has no partner
             return images, labels
-        draw = np.random.default_rng([self.seed, step]).random()
+        draw = np.random.default_rng(stream_seed(self.seed, "mix", step)).random()
         if draw >= self.probability:
             return images, labels
         images, targets = self.cutmix(images, labels)
         return to_channels_last(images), targets
 
 
-def combine_seeds(*numbers: int) -> int:
-    """Return one well-mixed seed from several numbers: (1, 2) and (2, 1) share nothing.
+def stream_seed(seed: int, consumer: str, *position: int) -> int:
+    """Return a run's seed for one consumer of random numbers, one of STREAMS, at a position.
 
-    A last number of 0 does not count: (1, 2, 0) gives what (1, 2) does.
+    The position is an epoch or a step, and possibly more: any two differ in what they draw.
     """
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+    key = (STREAMS.index(consumer), *position)
+    sequence = np.random.SeedSequence(seed, spawn_key=key)
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
