@@ -144,13 +144,10 @@ def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
     """
     checkpoint = load_checkpoint(path)
     try:
-        check_dicts(checkpoint, "model", "weights", "preprocessing", "training")
-        _check_plain(*checkpoint["model"].values())
+        preprocessing = _check_content(checkpoint)
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
             network = AlexNet(**checkpoint["model"])
         network.load_state_dict(checkpoint["weights"], assign=True)
-        preprocessing = Preprocessing(**checkpoint["preprocessing"])
-        _check_fits(checkpoint, network, preprocessing)
     except DAMAGE_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise UserError(f"{path} is not a complete checkpoint ({reason}); use another") from error
@@ -170,18 +167,26 @@ def _check_plain(*values) -> None:
         raise TypeError("a setting is not a plain value")
 
 
-def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing) -> None:
-    """Raise ValueError, TypeError or KeyError for what evaluation could not work with."""
-    for value in network.state_dict().values():
-        if value.layout != torch.strided or value.is_meta:
+def check_weights(weights: dict) -> None:
+    """Raise ValueError or AttributeError unless these are tensors of numbers, float32 if real."""
+    for value in weights.values():
+        if value.layout != torch.strided or value.is_meta or value.is_complex():
             raise ValueError("a weight is not made of numbers")
-    if any(weight.dtype != torch.float32 for weight in network.parameters()):
-        raise ValueError("a weight is not made of float32 numbers")
-    classes, training = checkpoint["classes"], checkpoint["training"]
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise ValueError("a weight is not made of float32 numbers")
+
+
+def _check_content(checkpoint: dict) -> Preprocessing:
+    """Return the preprocessing. Raises one of DAMAGE_ERRORS for what no run could have written."""
+    check_dicts(checkpoint, "model", "weights", "preprocessing", "training")
+    model, training, classes = (checkpoint[name] for name in ("model", "training", "classes"))
+    _check_plain(*model.values(), *training, *training.values())
+    check_weights(checkpoint["weights"])
     if not isinstance(classes, list):
         raise TypeError("the classes are not a list")
-    if len(classes) != checkpoint["model"]["num_classes"] or not all(map(str.isprintable, classes)):
+    if len(classes) != model["num_classes"] or not all(map(str.isprintable, classes)):
         raise ValueError("the classes do not fit the network")
+    preprocessing = Preprocessing(**checkpoint["preprocessing"])
     for numbers in (preprocessing.mean, preprocessing.std):
         if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
             raise ValueError("preprocessing needs 3 means and 3 standard deviations")
@@ -189,12 +194,17 @@ def _check_fits(checkpoint: dict, network: AlexNet, preprocessing: Preprocessing
     allowed = (IMAGE_SIZE, IMAGE_SIZE), (IMAGE_SIZE, ENLARGED_SIZE)
     if min(preprocessing.std) <= 0 or sizes not in allowed:
         raise ValueError("the preprocessing does not fit the network")
-    _check_plain(*training, *training.values())
     if training["dataset"] not in DATASETS or training["precision"] not in PRECISIONS:
         raise ValueError("the data set or the precision is unknown")
-    counts = checkpoint["epoch"], training["epochs"], training["batch_size"]
-    if not all(isinstance(count, int) and count >= 0 for count in counts):
-        raise TypeError("the epochs or the batch size are not whole numbers")
+    # last.pt of a run's first epoch has epoch 0.
+    for count, lowest in (
+        (checkpoint["epoch"], 0),
+        (training["epochs"], 1),
+        (training["batch_size"], 1),
+    ):
+        if not isinstance(count, int) or count < lowest:
+            raise TypeError("the epochs or the batch size are not whole numbers")
+    return preprocessing
 
 
 # ---------------------------------------------------------------------------------------------
@@ -282,12 +292,16 @@ def has_saved_run(run_dir: Path) -> bool:
     return False
 
 
-def load_run(path: Path, settings: dict, changeable: set[str]) -> tuple[AlexNet, dict]:
-    """Return network and content of a last.pt. Raises UserError if it is another run's.
+def load_run(path: Path, settings: dict, changeable: set[str]) -> dict:
+    """Return the content of a last.pt. Raises UserError if it is damaged or another run's.
 
     settings are the run's; those that are changeable may differ.
     """
-    network, _, content = load_network(path)
+    content = load_checkpoint(path)
+    try:
+        _check_content(content)
+    except DAMAGE_ERRORS as error:
+        raise damaged_run(path, error) from error
     recorded = content["training"]
     for name in settings | recorded:
         if name not in changeable and recorded.get(name) != settings.get(name):
@@ -295,7 +309,7 @@ def load_run(path: Path, settings: dict, changeable: set[str]) -> tuple[AlexNet,
                 f"{path} is not of this run: its {name!a:.40} is not {settings.get(name)}; "
                 "put back the run's own, or start a new run"
             )
-    return network, content
+    return content
 
 
 def damaged_run(path: Path, error: Exception) -> UserError:

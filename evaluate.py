@@ -35,7 +35,7 @@ from utils import (
     write_json,
 )
 
-BATCH_SIZE = 250
+MAX_BATCH_SIZE = 256
 CALIBRATION_BINS = 15
 FIGURE_IMAGES = 8  # in a figure
 NEIGHBORS = 6  # of an image, as in the paper's Fig. 4
@@ -52,6 +52,7 @@ def predict(
     preprocessing: Preprocessing,
     precision: str,
     view: Tensor | None = None,
+    batch_size: int = MAX_BATCH_SIZE,
     quiet: bool = False,
 ) -> Tensor:
     """Return logits, float32 [N, classes], of uint8 images [N, 3, H, W] on the network's device.
@@ -60,13 +61,19 @@ def predict(
     network is in eval mode from then on. A terminal shows a progress bar unless quiet.
     """
     network.eval()
-    return in_batches(network, images, preprocessing, precision, view, quiet)
+    return in_batches(network, images, preprocessing, precision, view, batch_size, quiet)
 
 
-def embed(network: AlexNet, images: Tensor, preprocessing: Preprocessing, precision: str) -> Tensor:
+def embed(
+    network: AlexNet,
+    images: Tensor,
+    preprocessing: Preprocessing,
+    precision: str,
+    batch_size: int = MAX_BATCH_SIZE,
+) -> Tensor:
     """Return the activations of fc7, float32 [N, 4096]; takes what predict() takes."""
     network.eval()
-    return in_batches(network.embed, images, preprocessing, precision)
+    return in_batches(network.embed, images, preprocessing, precision, batch_size=batch_size)
 
 
 @torch.no_grad()
@@ -76,11 +83,12 @@ def in_batches(
     preprocessing: Preprocessing,
     precision: str,
     view: Tensor | None = None,
+    batch_size: int = MAX_BATCH_SIZE,
     quiet: bool = False,
 ) -> Tensor:
     """Return what function makes of each image, float32 [N, ...]; otherwise as predict()."""
-    batches = eval_batches(images, preprocessing, BATCH_SIZE, view)
-    total = math.ceil(len(images) / BATCH_SIZE)
+    batches = eval_batches(images, preprocessing, batch_size, view)
+    total = math.ceil(len(images) / batch_size)
     results = []
     disable = True if quiet else None  # None: shown on a terminal
     for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=disable):
@@ -90,14 +98,20 @@ def in_batches(
 
 
 def predict_ten_crops(
-    network: AlexNet, images: Tensor, preprocessing: Preprocessing, precision: str
+    network: AlexNet,
+    images: Tensor,
+    preprocessing: Preprocessing,
+    precision: str,
+    batch_size: int = MAX_BATCH_SIZE,
 ) -> Tensor:
     """Return the logarithm of the mean softmax over the paper's ten views (§4.1), [N, classes].
 
     Takes what predict() takes; as logits the values give the mean's own probabilities.
     """
     views = ten_crop_maps()
-    logits = [predict(network, images, preprocessing, precision, view) for view in views]
+    logits = [
+        predict(network, images, preprocessing, precision, view, batch_size) for view in views
+    ]
     return torch.stack(logits).log_softmax(2).logsumexp(0) - math.log(len(views))
 
 
@@ -113,6 +127,14 @@ def top_predictions(probabilities: Tensor, classes: list[str], count: int) -> li
 # ---------------------------------------------------------------------------------------------
 # Numbers
 # ---------------------------------------------------------------------------------------------
+
+
+def eval_batch_size(batch_size: int) -> int:
+    """Return the batch size to evaluate with after a training with this one.
+
+    What fitted into memory with gradients fits without.
+    """
+    return min(batch_size, MAX_BATCH_SIZE)
 
 
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -243,6 +265,7 @@ def draw_figures(
     split: Split,
     logits: Tensor,
     summary: dict,
+    batch_size: int = MAX_BATCH_SIZE,
 ) -> dict[str, figures.Figure]:
     """Return all figures of a trained network but the confusion matrix, by name.
 
@@ -257,7 +280,7 @@ def draw_figures(
     drawn = {
         "predictions": draw_predictions(split, probabilities, dataset.classes, examples),
         "neighbors": draw_neighbors(
-            network, preprocessing, precision, dataset, split.select(examples[:5])
+            network, preprocessing, precision, dataset, split.select(examples[:5]), batch_size
         ),
         "classes": figures.class_accuracies(summary["per_class"], f"Accuracy by class: {what}"),
         "reliability": figures.reliability(
@@ -307,12 +330,17 @@ def draw_predictions(
 
 
 def draw_neighbors(
-    network: AlexNet, preprocessing: Preprocessing, precision: str, dataset: Dataset, queries: Split
+    network: AlexNet,
+    preprocessing: Preprocessing,
+    precision: str,
+    dataset: Dataset,
+    queries: Split,
+    batch_size: int = MAX_BATCH_SIZE,
 ) -> figures.Figure:
     """Return the paper's Fig. 4 right: the training images with the nearest activations of fc7."""
     train = dataset.train.to(queries.images.device)
-    train_embeddings = embed(network, train.images, preprocessing, precision)
-    query_embeddings = embed(network, queries.images, preprocessing, precision)
+    train_embeddings = embed(network, train.images, preprocessing, precision, batch_size)
+    query_embeddings = embed(network, queries.images, preprocessing, precision, batch_size)
     nearest = torch.cdist(query_embeddings, train_embeddings).topk(NEIGHBORS, largest=False).indices
     return figures.neighbors(
         list(queries.images.cpu()),
@@ -402,10 +430,11 @@ def main() -> None:
     split = getattr(dataset, args.split).to(device)
 
     to_device(network, device)
-    logits = predict(network, split.images, preprocessing, precision)
+    batch_size = eval_batch_size(training["batch_size"])
+    logits = predict(network, split.images, preprocessing, precision, batch_size=batch_size)
     summary, ten_views = summarize(logits, split.labels, classes), None
     if args.views == 10:
-        ten_logits = predict_ten_crops(network, split.images, preprocessing, precision)
+        ten_logits = predict_ten_crops(network, split.images, preprocessing, precision, batch_size)
         ten_views = summarize(ten_logits, split.labels, classes)
 
     if args.json:
@@ -433,7 +462,9 @@ def main() -> None:
     matrix = figures.confusion_matrix(np.array(summary["confusion_matrix"]), classes, title)
     save_beside(args.checkpoint, args.split, {"confusion": matrix})
     if args.figures:
-        drawn = draw_figures(network, preprocessing, precision, dataset, split, logits, summary)
+        drawn = draw_figures(
+            network, preprocessing, precision, dataset, split, logits, summary, batch_size
+        )
         save_beside(args.checkpoint, args.split, drawn)
 
 

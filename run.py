@@ -28,7 +28,7 @@ from checkpoint import (
 )
 from dataset import Dataset
 from distributed import Processes
-from evaluate import loss_and_accuracy, predict
+from evaluate import eval_batch_size, loss_and_accuracy, predict
 from model import AlexNet
 from recipes import CHANGEABLE, Config, record, run_name
 from transforms import Augmentation, Mix, Preprocessing, training_batches
@@ -200,6 +200,7 @@ class Run:
             self.val_split.images[shard],
             self.preprocessing,
             self.config.precision,
+            batch_size=eval_batch_size(self.config.batch_size),
             quiet=self.quiet,
         )
         logits = self.processes.all_reduce_sum(logits)
@@ -264,9 +265,9 @@ class Run:
     def load(self) -> None:
         """Go back to where last.pt was written. Raises UserError if it does not fit the run."""
         path = self.dir / "last.pt"
-        network, content = load_run(path, asdict(self.config), CHANGEABLE)
+        content = load_run(path, asdict(self.config), CHANGEABLE)
         try:
-            self.restore(network, content)
+            self.restore(content)
         except DAMAGE_ERRORS as error:
             raise damaged_run(path, error) from error
         epochs, before = self.config.epochs, content["training"]["epochs"]
@@ -281,11 +282,11 @@ class Run:
                 "the new length"
             )
 
-    def restore(self, network: AlexNet, content: dict) -> None:
+    def restore(self, content: dict) -> None:
         """Take what save() wrote. Raises one of DAMAGE_ERRORS for what does not fit the run."""
         validated = self.val_split is not None
         check_progress(content, self.steps_per_epoch, (*METRICS, *TIMING), validated)
-        self.network.load_state_dict(network.state_dict())
+        self.network.load_state_dict(content["weights"])
         settings = self.optimizer.state_dict()["param_groups"]
         state = fitting_state(content["optimizer"]["state"], self.optimizer)
         self.optimizer.load_state_dict({"state": state, "param_groups": settings})
