@@ -3,8 +3,8 @@
     network, preprocessing, checkpoint = load_network("runs/cifar10-sgd/best.pt")
 
 A checkpoint is a dictionary of tensors and plain values: format, format_version, model (settings of
-AlexNet), weights, classes, preprocessing, training (settings of the run), epoch; in last.pt also
-optimizer, scaler and progress, which resuming needs.
+AlexNet), layers (their types), weights, classes, preprocessing, training (settings of the run),
+epoch; in last.pt also optimizer, scaler and progress, which resuming needs.
 """
 
 import math
@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataset import DATASETS
 from model import IMAGE_SIZE, AlexNet
@@ -54,9 +54,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
         torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **content}, temporary)
 
 
-# ---------------------------------------------------------------------------------------------
-# Loading the file: nothing in it is executed
-# ---------------------------------------------------------------------------------------------
+# --- Loading the file: nothing in it is executed ---
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -132,9 +130,7 @@ def _calls(data: bytes) -> set[str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------
-# Validation: the parts fit together
-# ---------------------------------------------------------------------------------------------
+# --- Validation: the parts fit together ---
 
 
 def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
@@ -147,11 +143,22 @@ def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
         preprocessing = _check_content(checkpoint)
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
             network = AlexNet(**checkpoint["model"])
+        if checkpoint["layers"] != layer_types(network):
+            raise UserError(
+                f"{path} holds a network with other layers than AlexNet in model.py; "
+                "change model.py as it was in training"
+            )
         network.load_state_dict(checkpoint["weights"], assign=True)
     except DAMAGE_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise UserError(f"{path} is not a complete checkpoint ({reason}); use another") from error
     return network.eval(), preprocessing, checkpoint
+
+
+def layer_types(network: nn.Module) -> list[str]:
+    """Return name and type of each layer, so that another activation, say, is not lost silently."""
+    modules = network.named_modules()
+    return [f"{name}: {m._get_name()}" for name, m in modules if not list(m.children())]
 
 
 def check_dicts(content: dict, *names: str) -> None:
@@ -207,9 +214,7 @@ def _check_content(checkpoint: dict) -> Preprocessing:
     return preprocessing
 
 
-# ---------------------------------------------------------------------------------------------
-# What resuming needs in addition
-# ---------------------------------------------------------------------------------------------
+# --- What resuming needs in addition ---
 
 
 def check_progress(
@@ -272,9 +277,7 @@ def _fitting_tensor(value: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like, requires_grad=False).copy_(value)
 
 
-# ---------------------------------------------------------------------------------------------
-# The run's folder
-# ---------------------------------------------------------------------------------------------
+# --- The run's folder ---
 
 
 def has_saved_run(run_dir: Path) -> bool:

@@ -103,9 +103,7 @@ def stratified_subset(split: Split, size: int) -> Split:
     return stratified_split(split, per_class)[1]
 
 
-# ---------------------------------------------------------------------------------------------
-# CIFAR-10 (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html)
-# ---------------------------------------------------------------------------------------------
+# --- CIFAR-10 (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html) ---
 
 
 class _CheckedCIFAR10(CIFAR10):
@@ -221,9 +219,7 @@ def _download_cifar10(folder: str) -> None:
         socket.setdefaulttimeout(None)
 
 
-# ---------------------------------------------------------------------------------------------
-# Shapes: ten classes drawn by this program
-# ---------------------------------------------------------------------------------------------
+# --- Shapes: ten classes drawn by this program ---
 
 # How deep inside the shape the point x, y lies (outside: below 0), at the distance r from the
 # center. The unit is the shape's radius.

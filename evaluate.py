@@ -20,9 +20,9 @@ from dataset import DATASETS, DEFAULT_DATA_DIR, Dataset, Split, find_data_dir, l
 from model import AlexNet, LocalResponseNorm
 from transforms import Preprocessing, eval_batches, ten_crop_maps
 from utils import (
-    PRECISIONS,
     OneLineParser,
     UserError,
+    add_device_options,
     autocast,
     device_name,
     environment,
@@ -41,9 +41,7 @@ FIGURE_IMAGES = 8  # in a figure
 NEIGHBORS = 6  # of an image, as in the paper's Fig. 4
 
 
-# ---------------------------------------------------------------------------------------------
-# Inference
-# ---------------------------------------------------------------------------------------------
+# --- Inference ---
 
 
 def predict(
@@ -124,9 +122,7 @@ def top_predictions(probabilities: Tensor, classes: list[str], count: int) -> li
     ]
 
 
-# ---------------------------------------------------------------------------------------------
-# Numbers
-# ---------------------------------------------------------------------------------------------
+# --- Numbers ---
 
 
 def eval_batch_size(batch_size: int) -> int:
@@ -252,9 +248,7 @@ def print_classes(summary: dict) -> None:
         print(f"{pair['class']} predicted as {pair['predicted']}: {pair['images']}")
 
 
-# ---------------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------------
+# --- Figures ---
 
 
 def draw_figures(
@@ -391,9 +385,7 @@ def save_beside(checkpoint: Path, split: str, drawn: dict[str, figures.Figure]) 
             print(f"no picture: {error}")
 
 
-# ---------------------------------------------------------------------------------------------
-# The script
-# ---------------------------------------------------------------------------------------------
+# --- The script ---
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -403,10 +395,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--split", choices=("test", "val"), default="test", help="default: test")
     where = f"where the training found CIFAR-10, else {DEFAULT_DATA_DIR}"
     add("--data-dir", type=Path, help=f"default: {where}")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps; default: auto")
-    precisions = ("auto", *PRECISIONS)
-    what = "auto: 16 bits where the hardware is made for it; default: auto"
-    add("--precision", choices=precisions, default="auto", help=what)
+    add_device_options(parser)
     views = "10: also the mean over four corners, center, and their horizontal flips; default: 1"
     add("--views", type=int, choices=(1, 10), default=1, help=views)
     what = "also save predictions, filters, feature maps, calibration and more"

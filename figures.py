@@ -47,9 +47,7 @@ def show_image(axes, image: Tensor) -> None:
     axes.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="nearest")
 
 
-# ---------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------
+# --- Runs ---
 
 
 def curve_style(color: str, marker: str, history: list[dict]) -> dict:
@@ -142,9 +140,7 @@ def read_history(run_dir: Path) -> list[dict]:
     return history
 
 
-# ---------------------------------------------------------------------------------------------
-# Evaluations
-# ---------------------------------------------------------------------------------------------
+# --- Evaluations ---
 
 
 def confusion_matrix(matrix: np.ndarray, classes: list[str], title: str) -> Figure:
@@ -265,9 +261,7 @@ def predictions(images: list, captions: list[str], results: list[list[dict]]) ->
     return figure
 
 
-# ---------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------
+# --- Networks ---
 
 
 def filters(weights: Tensor, title: str) -> Figure:
@@ -368,9 +362,7 @@ def normalization(factors: dict[str, np.ndarray], title: str) -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------------------------------------
-# The script: several runs in one picture
-# ---------------------------------------------------------------------------------------------
+# --- The script: several runs in one picture ---
 
 
 def parse_arguments() -> argparse.Namespace:

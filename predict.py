@@ -28,9 +28,9 @@ from evaluate import predict, top_predictions
 from model import AlexNet
 from transforms import Preprocessing
 from utils import (
-    PRECISIONS,
     OneLineParser,
     UserError,
+    add_device_options,
     is_out_of_memory,
     keep_freed_memory,
     output_file,
@@ -98,9 +98,7 @@ class Classifier:
         return logits.softmax(1).cpu()
 
 
-# ---------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------
+# --- Images ---
 
 
 def read_image(source: str | Path) -> Tensor:
@@ -159,9 +157,7 @@ def list_images(name: str) -> list[str]:
     return list(map(str, found))
 
 
-# ---------------------------------------------------------------------------------------------
-# The script
-# ---------------------------------------------------------------------------------------------
+# --- The script ---
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -170,10 +166,7 @@ def parse_arguments() -> argparse.Namespace:
     add("checkpoint", type=Path, help="a best.pt or last.pt of train.py")
     add("images", nargs="+", metavar="image", help="a file, a folder, or - for standard input")
     add("--top", type=positive_int, default=3, metavar="N", help="classes to name; default: 3")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps; default: auto")
-    precisions = ("auto", *PRECISIONS)
-    what = "auto: 16 bits where the hardware is made for it; default: auto"
-    add("--precision", choices=precisions, default="auto", help=what)
+    add_device_options(parser)
     add("--json", type=output_file, metavar="FILE", help="write all probabilities to FILE")
     what = f"draw the first {FIGURE_IMAGES} to FILE"
     add("--figure", type=output_file, metavar="FILE", help=what)

@@ -24,9 +24,7 @@ from utils import (
     user_file,
 )
 
-# ---------------------------------------------------------------------------------------------
-# Settings and recipes
-# ---------------------------------------------------------------------------------------------
+# --- Settings and recipes ---
 
 
 def _setting(group: str, default, help: str, type: type = str, **how):
@@ -47,7 +45,9 @@ class Config:
     """
 
     recipe: str = learning("sgd", "sets the other defaults", choices=("sgd", "adam", "paper"))
-    optimizer: str = learning("sgd", "adam: the recipe adam", choices=("sgd", "adam"))
+    optimizer: str = learning(
+        "sgd", "also chooses the recipe of that name if --recipe does not", choices=("sgd", "adam")
+    )
     epochs: int = learning(200, "passes over the training images", positive_int)
     batch_size: int = learning(256, "images per step, over all processes", positive_int)
     lr: float = learning(0.08, "peak learning rate", positive_float)
@@ -73,7 +73,7 @@ class Config:
     train_images: int | None = data(None, "train on so many images only", positive_int)
     input: str = data(
         "standardized",
-        "centered: minus the mean (paper §2); standardized: also divided by the deviation",
+        "centered: minus the mean (paper §2); standardized: also divided by the standard deviation",
         choices=INPUTS,
     )
     augmentation: str = data(
@@ -81,7 +81,7 @@ class Config:
         "shift: flip, shift by up to 4 pixels; paper: flip, crop, PCA color augmentation (§4.1)",
         choices=AUGMENTATIONS,
     )
-    mix: str = data("cutmix", "paste a rectangle of one image into another", choices=MIXES)
+    mix: str = data("cutmix", "cutmix: paste a rectangle of one image into another", choices=MIXES)
     mix_probability: float = data(1.0, "probability that a batch is mixed", probability)
 
     init: str = network(
@@ -191,9 +191,7 @@ def run_name(config: Config) -> str:
     return ", ".join([title, *others])
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# --- Command line ---
 
 
 def parse_command_line(arguments: list[str] | None = None) -> dict:
@@ -262,9 +260,7 @@ def as_options(settings: dict) -> list[str]:
     return options
 
 
-# ---------------------------------------------------------------------------------------------
-# The record of a run
-# ---------------------------------------------------------------------------------------------
+# --- The record of a run ---
 
 
 def record(config: Config, starts: list[dict]) -> dict:

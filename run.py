@@ -23,6 +23,7 @@ from checkpoint import (
     damaged_run,
     fitting_state,
     has_saved_run,
+    layer_types,
     load_run,
     save_checkpoint,
 )
@@ -133,7 +134,7 @@ class Run:
         """Return how many images of an epoch so many steps see."""
         return min(step * self.config.batch_size, len(self.train_split.labels))
 
-    def count(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+    def record_step(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Note a step's loss and correct predictions on the device: reading them would wait.
 
         Of a mixed image the class with the larger part is correct.
@@ -217,6 +218,7 @@ class Run:
                 "groups": config.groups,
                 "dropout": config.dropout,
             },
+            "layers": layer_types(self.network),
             "weights": self.network.state_dict(),
             "classes": self.classes,
             "preprocessing": vars(self.preprocessing),
@@ -395,9 +397,7 @@ def make_run_dir(config: Config, output_dir: Path | None) -> Path:
                 raise
 
 
-# ---------------------------------------------------------------------------------------------
-# Progress
-# ---------------------------------------------------------------------------------------------
+# --- Progress ---
 
 
 class Progress:

@@ -50,9 +50,7 @@ PATIENCE = 5  # epochs; the paper does not say how long its authors watched
 DIVISIONS = 3  # paper §5: the learning rate was "reduced three times prior to termination"
 
 
-# ---------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------
+# --- The loop ---
 
 
 def train(run: Run, stop: StopRequest) -> None:
@@ -81,7 +79,7 @@ def train(run: Run, stop: StopRequest) -> None:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            run.count(loss.detach(), logits.detach(), targets)
+            run.record_step(loss.detach(), logits.detach(), targets)
             run.step += 1
             progress.step()
             # Processes have clocks and signals of their own, but must do the same.
@@ -106,9 +104,7 @@ def train(run: Run, stop: StopRequest) -> None:
             run.save()
 
 
-# ---------------------------------------------------------------------------------------------
-# Learning rate, optimizer, network
-# ---------------------------------------------------------------------------------------------
+# --- Learning rate, optimizer, network ---
 
 
 def lr_at(run: Run, step: int) -> float:
@@ -178,9 +174,7 @@ def make_network(config: Config, num_classes: int) -> AlexNet:
     return network
 
 
-# ---------------------------------------------------------------------------------------------
-# The script
-# ---------------------------------------------------------------------------------------------
+# --- The script ---
 
 
 def prepare(overrides: dict, processes: Processes) -> Run:

@@ -110,10 +110,9 @@ def principal_components(images: Tensor) -> Tensor:
     return (directions * variances.clamp(min=0).sqrt()).float()
 
 
-# ---------------------------------------------------------------------------------------------
-# Maps: which pixels of an image the network sees, as affine maps [N, 2, 3] from the input's
-# coordinates (-1..1 from edge to edge) to the image's
-# ---------------------------------------------------------------------------------------------
+# --- Maps ---
+# Which pixels of an image the network sees, as affine maps [N, 2, 3] from the input's coordinates
+# (-1..1 from edge to edge) to the image's.
 
 
 def crop_maps(corners: Tensor) -> Tensor:
@@ -169,9 +168,7 @@ def random_colors(colors: Tensor, n: int, generator: torch.Generator) -> Tensor:
     return torch.randn(n, 3, generator=generator) @ colors.T * COLOR_NOISE
 
 
-# ---------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------
+# --- Batches ---
 
 
 def resample(

@@ -38,9 +38,7 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 UNFINISHED = ".unfinished-"  # begins a file's name until it is complete
 
 
-# ---------------------------------------------------------------------------------------------
-# Errors and output
-# ---------------------------------------------------------------------------------------------
+# --- Errors and output ---
 
 
 class UserError(Exception):
@@ -166,9 +164,7 @@ class StopRequest:
                     os.write(2, b"\nstopping after this step; Ctrl-C again: at once, unsaved\n")
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# --- Command line ---
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -200,6 +196,14 @@ fraction = partial(_number, float, lambda x: 0 <= x < 1, "a number of at least 0
 probability = partial(_number, float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
 
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Add --device and --precision."""
+    devices = "auto, cpu, cuda, cuda:1 or mps; default: auto"
+    parser.add_argument("--device", default="auto", help=devices)
+    what = "auto: 16 bits where the hardware is made for it; default: auto"
+    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help=what)
+
+
 def output_file(text: str) -> Path:
     """Return the path of a file that can be written; an argparse type."""
     path = Path(text)
@@ -222,9 +226,7 @@ def command_line(*arguments: str | Path) -> str:
     return join([*launcher, *map(str, arguments)])
 
 
-# ---------------------------------------------------------------------------------------------
-# Device and precision
-# ---------------------------------------------------------------------------------------------
+# --- Device and precision ---
 
 
 def select_device(name: str) -> torch.device:
@@ -370,9 +372,7 @@ def peak_memory_mib(device: torch.device) -> int | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------
+# --- Files ---
 
 
 @contextlib.contextmanager
@@ -415,12 +415,11 @@ def write_csv(path: Path, columns: Iterable[str], rows: list[dict]) -> None:
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Return a CSV file's rows, none if it does not exist. Raises UserError if it is damaged."""
     try:
-        with user_file("read", path), open(path, newline="") as file:
-            return list(csv.DictReader(file))
-    except UserError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return []
-        raise
+        with user_file("read", path):
+            if not path.exists():
+                return []
+            with open(path, newline="") as file:
+                return list(csv.DictReader(file))
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); use another") from error
 
@@ -468,9 +467,7 @@ class FolderLock:
             self._handle = None
 
 
-# ---------------------------------------------------------------------------------------------
-# The record of a run
-# ---------------------------------------------------------------------------------------------
+# --- The record of a run ---
 
 
 def environment(device: torch.device) -> dict:

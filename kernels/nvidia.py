@@ -20,9 +20,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # 128 threads; a product a
 BLOCK_VALUES = {"norm": 2048, "pool": 1024}
 MAX_VALUES = 2**31 - 2**16  # places are 32-bit numbers, and a block may reach beyond the last
 
-# ---------------------------------------------------------------------------------------------
-# Blocks
-# ---------------------------------------------------------------------------------------------
+# --- Blocks ---
 
 
 @triton.jit
@@ -68,9 +66,7 @@ def can_run(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------------------------------
-# Local response normalization
-# ---------------------------------------------------------------------------------------------
+# --- Local response normalization ---
 
 
 @triton.jit
@@ -180,9 +176,7 @@ def _backward(ctx, grad: Tensor):
 
 local_response_norm.register_autograd(_backward, setup_context=_keep_input)
 
-# ---------------------------------------------------------------------------------------------
-# Max pooling at stride 2
-# ---------------------------------------------------------------------------------------------
+# --- Max pooling at stride 2 ---
 
 
 @triton.jit
@@ -308,9 +302,7 @@ def _pool_backward(ctx, grad: Tensor, _):
 max_pool.register_autograd(_pool_backward, setup_context=_keep_winner)
 
 
-# ---------------------------------------------------------------------------------------------
-# Resampling
-# ---------------------------------------------------------------------------------------------
+# --- Resampling ---
 
 
 @triton.jit
