@@ -1,50 +1,49 @@
-"""Measures this project beside the textbook script: python benchmark.py [--json FILE]
+"""Measure this repository beside the textbook script: python -m research.benchmark --json FILE
 
-The textbook script is AlexNet made of torch's own layers, as in a tutorial: a DataLoader that
-resizes image by image with Pillow, torch.nn.LocalResponseNorm, float32, NCHW, and a loss read at
-every step. Each side runs in a process of its own, with its own settings and its own peak memory,
-and the sides take turns, so that whatever else the machine does meets them alike. Images are
-random: their values do not change the work.
+Each side runs in a process of its own, with its own settings and its own peak memory, and the sides
+take turns, so that whatever else the machine does affects them alike. Images are random: their
+values do not change the work. textbook.py is the textbook script.
 """
 
 import argparse
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
 import signal
-import socket
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing import resource_tracker
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.autograd import DeviceType
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
 from tqdm import tqdm
 
-import figures
-from dataset import Augmentation, Dataset, Preprocessing, Split, in_fast_layout, training_batches
+import train
+from dataset import Dataset, Split
+from distributed import Processes
+from figures import save_figure
 from model import IMAGE_SIZE, AlexNet, LocalResponseNorm
-from parallel import Processes
 from recipes import new_config
-from train import Run, train_step
+from research import figures, textbook
+from run import Run
+from transforms import Augmentation, Preprocessing, to_channels_last, training_batches
 from utils import (
+    PRECISIONS,
     OneLineParser,
     UserError,
     autocast,
-    compiled,
+    command_line,
+    compile_network,
     environment,
-    first_line,
     keep_freed_memory,
     output_file,
     peak_memory_mib,
@@ -52,6 +51,8 @@ from utils import (
     run_script,
     select_device,
     select_precision,
+    summarize_error,
+    to_device,
     write_json,
 )
 
@@ -63,26 +64,22 @@ PARTS = {
     "inference": "inference",
     "loop": "training loop, data included",
 }
-WHOLE_EPOCHS = ("pipeline", "pipeline-1-core", "loop")  # a turn is an epoch, not a batch
-ALL_PARTS = [*PARTS, "operations", "growth"]
-GROWTH_BATCH_SIZES = [4**i for i in range(6)]
+ALL_PARTS = [*PARTS, "operations", "scaling"]
+SCALING_BATCH_SIZES = [4**i for i in range(6)]
 PATIENCE = 5  # seconds for a process to end when it is told to
-SECONDS_PER_TURN = 0.3  # short calls are repeated that long
+SECONDS_PER_ROUND = 0.3  # short calls are repeated that long
 PROFILED_STEPS = 4
 OPERATIONS_SHOWN = 15
-TABLE_HEAD = (
-    f"{'':<46}{'batch':>6}  {'images/s':<27}{'times the textbook':<22}"
-    f"{'memory':>10}  {'of the peak':<16}"
-)
-MEAN, STD = [125.3, 123.0, 113.9], [63.0, 62.1, 66.7]  # of CIFAR-10, in 0..255
+Work = Callable[[int], None]  # does what is measured n times
 
 
 @dataclass(frozen=True)
 class Case:
     """What one process measures.
 
-    side is "textbook", "here", "compiled" (this project with --compile) or "product" (the machine's
-    matrix-multiply peak); images is how many a call handles.
+    side is "textbook", "ours", "compiled" (ours with --compile) or "matmul" (the machine's fastest
+    matrix product); images is how many it handles each time; workers are those of the textbook's
+    DataLoader.
     """
 
     part: str
@@ -91,198 +88,153 @@ class Case:
     batch_size: int
     images: int
     device: str
-    workers: int
+    workers: int = 0
 
 
-# ---------------------------------------------------------------------------------------------
-# The textbook script
-# ---------------------------------------------------------------------------------------------
+# --- The textbook script ---
 
 
-def textbook_network() -> nn.Sequential:
-    """AlexNet as it is usually written down, from torch's own layers."""
-    return nn.Sequential(
-        nn.Conv2d(3, 96, 11, stride=4),
-        nn.ReLU(),
-        nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0),
-        nn.MaxPool2d(3, stride=2),
-        nn.Conv2d(96, 256, 5, padding=2),
-        nn.ReLU(),
-        nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0),
-        nn.MaxPool2d(3, stride=2),
-        nn.Conv2d(256, 384, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(384, 384, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(384, 256, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(3, stride=2),
-        nn.Flatten(),
-        nn.Linear(9216, 4096),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Linear(4096, 4096),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Linear(4096, 10),
-    )
-
-
-class TextbookDataset(torch.utils.data.Dataset):
-    """Pictures that are resized one by one, as torchvision.datasets.CIFAR10 gives them."""
-
-    def __init__(self, split: Split):
-        self.images = split.images.permute(0, 2, 3, 1).numpy()
-        self.labels = split.labels.tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.Resize(IMAGE_SIZE),
-                transforms.ToTensor(),
-                transforms.Normalize([m / 255 for m in MEAN], [s / 255 for s in STD]),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int):
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
-
-
-def textbook_step(device: torch.device) -> Callable[[Tensor, Tensor], None]:
-    """A training step of the textbook script, as a function of images and labels."""
-    network = textbook_network().to(device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.001, momentum=0.9)
-    criterion = nn.CrossEntropyLoss()
-
-    def step(images: Tensor, labels: Tensor) -> None:
-        optimizer.zero_grad()
-        logits = network(images)
-        loss = criterion(logits, labels)
-        loss.backward()
-        optimizer.step()
-        loss.item()
-        (logits.argmax(1) == labels).sum().item()
-
-    return step
-
-
-def textbook_call(case: Case, device: torch.device) -> Callable[[], None]:
-    """What a turn of the textbook script calls."""
+def textbook_work(case: Case, device: torch.device) -> Work:
+    """Return what is measured of the textbook script."""
     if case.part == "lrn":
-        return lrn_call(case, nn.LocalResponseNorm(5, 1e-4, 0.75, 2.0), torch.contiguous_format)
+        return lrn_work(case, textbook.local_response_norm(), torch.contiguous_format)
     if case.part == "step":
-        step = textbook_step(device)
-        images, labels = random_batch(case, device)
-        return lambda: step(images, labels)
+        step, batch = textbook.training_step(device), random_batch(case, device)
+        return repeated(lambda: step(*batch))
     if case.part == "inference":
-        network = textbook_network().to(device).eval()
-        images, _ = random_batch(case, device)
-        return torch.no_grad()(lambda: network(images))
-
-    loader = DataLoader(
-        TextbookDataset(random_split(case.images)),
-        case.batch_size,
-        shuffle=True,
-        num_workers=case.workers,
-        persistent_workers=True,
-        # The system's usual way, as in a script: this process was itself started in another.
-        multiprocessing_context=multiprocessing.get_all_start_methods()[0],
-        pin_memory=device.type == "cuda",
-    )
-    step = textbook_step(device) if case.part == "loop" else lambda images, labels: None
+        network, (images, _) = textbook.alexnet().to(device).eval(), random_batch(case, device)
+        return torch.no_grad()(repeated(lambda: network(images)))
+    split = random_split(case.images)
+    loader = textbook.data_loader(split, case.batch_size, case.workers, device)
+    step = textbook.training_step(device) if case.part == "loop" else lambda images, labels: None
 
     def epoch() -> None:
         for images, labels in loader:
             step(images.to(device), labels.to(device))
 
-    return epoch
+    return repeated(epoch)
 
 
-# ---------------------------------------------------------------------------------------------
-# This project
-# ---------------------------------------------------------------------------------------------
+# --- This repository ---
 
 
-def our_call(case: Case, device: torch.device) -> Callable[[], None]:
-    """What a turn of this project calls."""
+def our_work(case: Case, device: torch.device) -> Work:
+    """Return what is measured of this repository."""
     if case.part == "lrn":
-        return lrn_call(case, LocalResponseNorm(), torch.channels_last)
+        return lrn_work(case, to_device(LocalResponseNorm(), device), torch.channels_last)
     if case.part == "inference":
         return our_inference(case, device)
     if case.part == "step":
+        return our_steps(case, device)
+    if case.part == "loop":
         run = our_run(case, device)
-        images, labels = (part[run.processes.share] for part in random_batch(case, device))
-        images = in_fast_layout(images)
-        return lambda: train_step(run, images, labels)
-
+        return lambda n: train_epochs(run, n)
     split = random_split(case.images).to(device)
-    run = our_run(case, device) if case.part == "loop" else None
+    settings = Preprocessing(textbook.MEAN, textbook.STD), Augmentation(), case.batch_size
 
     def epoch() -> None:
-        batches = training_batches(
-            split, Preprocessing(MEAN, STD), Augmentation(), case.batch_size, 0, 0
-        )
-        for images, labels in batches:
-            if run:
-                train_step(run, images, labels)
+        for _ in training_batches(split, *settings, seed=0, epoch=0):
+            pass
 
-    return epoch
+    return repeated(epoch)
 
 
-def our_inference(case: Case, device: torch.device) -> Callable[[], Tensor]:
-    """Inference on a batch as this project does it."""
-    network = AlexNet().to(device, memory_format=torch.channels_last).eval()
+def our_inference(case: Case, device: torch.device) -> Work:
+    """Return inference on a batch, as evaluate.py and predict.py do it."""
+    network = to_device(AlexNet(), device).eval()
     if case.side == "compiled":
-        network = compiled(network, device)
-    images, _ = random_batch(case, device)
-    images = in_fast_layout(images)
+        network = compile_network(network, device)
+    images = to_channels_last(random_batch(case, device)[0])
 
     @torch.no_grad()
-    def infer() -> Tensor:
+    def infer() -> None:
         with autocast(device, case.precision):
-            return network(images)
+            network(images)
 
-    return infer
+    return repeated(infer)
 
 
 def our_run(case: Case, device: torch.device) -> Run:
-    """A training run as train.py makes it, which no step of the benchmark writes to."""
-    split = random_split(case.batch_size)
-    dataset = Dataset([str(i) for i in range(10)], split, split, split)
-    given = {
+    """Return a run as train.py makes it, but whose epochs end without validation or files."""
+    settings = {
         "precision": case.precision,
         "batch_size": case.batch_size,
-        "mix": "none",  # as the textbook has none
         "compile": case.side == "compiled",
+        "mix": "none",  # as the textbook has none
+        "schedule": "plateau",  # without validation a constant rate
+        "lr": 0.001,  # the textbook's
+        "save_every": 1e9,
     }
-    return Run(Path("unused"), new_config(given), dataset, device, Processes())
+    split = random_split(case.images)
+    dataset = Dataset([str(i) for i in range(10)], split, split, split)
+    run = train.make_run(Path("unused"), new_config(settings), dataset, device, Processes())
+    run.quiet = True
+
+    def finish_epoch(lr: float, progress) -> None:
+        run.epoch += 1
+        run.step = 0
+
+    run.finish_epoch = finish_epoch
+    return run
 
 
-# ---------------------------------------------------------------------------------------------
-# Both
-# ---------------------------------------------------------------------------------------------
+def train_epochs(run: Run, n: int) -> None:
+    """Train n epochs more in the loop of train.py."""
+    run.config.epochs = run.epoch + n
+    train.train(run, SimpleNamespace(signal=0))
+
+
+def our_steps(case: Case, device: torch.device) -> Work:
+    """Return training steps on a batch made beforehand, n of them as one epoch.
+
+    train.py waits for the device at the end of an epoch, not of a step.
+    """
+    run = our_run(case, device)
+    images, labels = random_batch(case, device)
+    images = to_channels_last(images)
+
+    def steps(n: int) -> None:
+        run.steps_per_epoch = n
+        run.images_done = lambda step: step * case.batch_size
+        run.losses = torch.zeros(n, device=device)
+        run.batches = lambda: itertools.repeat((images, labels), n)
+        train_epochs(run, 1)
+
+    return steps
+
+
+# --- Both sides ---
+
+
+def repeated(call: Callable[[], object]) -> Work:
+    """Return a function of n that calls call() n times."""
+
+    def work(n: int) -> None:
+        for _ in range(n):
+            call()
+
+    return work
 
 
 def random_split(n: int) -> Split:
-    """n images of noise, the same ones at every call."""
+    """Return n images of noise, the same ones at every call."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return Split(images, torch.arange(n) % 10)
 
 
 def random_batch(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Normal noise [B, 3, 227, 227] and labels [B]."""
+    """Return normal noise [B, 3, 227, 227] and labels [B]."""
     images = torch.randn(case.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     return images, torch.arange(case.batch_size, device=device) % 10
 
 
-def lrn_call(case: Case, norm: nn.Module, memory_format: torch.memory_format):
-    """Both normalisations of the network, forward and backward."""
-    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+def lrn_work(case: Case, norm: nn.Module, memory_format: torch.memory_format) -> Work:
+    """Return both normalizations of the network, forward and backward."""
+    settings = {"device": case.device, "dtype": PRECISIONS[case.precision]}
     pairs = []
     for shape in ((96, 55, 55), (256, 27, 27)):
-        a = torch.randn(case.batch_size, *shape, device=case.device, dtype=dtype).relu()
+        a = torch.randn(case.batch_size, *shape, **settings).relu()
         a = a.contiguous(memory_format=memory_format).requires_grad_()
         pairs.append((a, torch.randn_like(a)))
 
@@ -290,103 +242,87 @@ def lrn_call(case: Case, norm: nn.Module, memory_format: torch.memory_format):
         for a, grad in pairs:
             torch.autograd.grad(norm(a), a, grad)
 
-    return call
+    return repeated(call)
 
 
-def product_call(case: Case, device: torch.device) -> tuple[Callable[[], Tensor], int]:
-    """The fastest of some square matrix products, and its operations.
+def matmul_work(case: Case, device: torch.device) -> tuple[Work, int]:
+    """Return the fastest of some square matrix products, and its floating-point operations.
 
     As a product and as a 1x1 convolution, because torch computes them with different libraries.
     """
-    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     candidates = []
     for n in (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192):
-        a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+        a, b = torch.randn(2, n, n, device=device, dtype=PRECISIONS[case.precision])
         image = a.view(1, n, n // 32, 32).contiguous(memory_format=torch.channels_last)
         filters = b.view(n, n, 1, 1)
-        candidates.append((lambda a=a, b=b: a @ b, 2 * n**3))
-        candidates.append((lambda x=image, w=filters: F.conv2d(x, w), 2 * n**3))
+        candidates.append((repeated(lambda a=a, b=b: a @ b), 2 * n**3))
+        candidates.append((repeated(lambda x=image, w=filters: F.conv2d(x, w)), 2 * n**3))
 
-    def speed(candidate) -> float:
-        call, operations = candidate
-        return operations / seconds_of(call, repeats_of(call, device), device)
+    def flops_per_second(candidate: tuple[Work, int]) -> float:
+        work, flops = candidate
+        return flops / seconds_of(work, repeats_of(work, device), device)
 
     with torch.no_grad():
-        return max(candidates, key=speed)
+        return max(candidates, key=flops_per_second)
 
 
-def seconds_of(call: Callable, repeats: int, device: torch.device) -> float:
-    """Mean duration of a call."""
-    synchronise(device)
+def seconds_of(work: Work, repeats: int, device: torch.device) -> float:
+    """Return the mean duration of so many repeats."""
+    synchronize(device)
     start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    synchronise(device)
+    work(repeats)
+    synchronize(device)
     return (time.perf_counter() - start) / repeats
 
 
-def repeats_of(call: Callable, device: torch.device) -> int:
-    """How many calls make a turn; warms up on the way."""
-    seconds_of(call, 2, device)
-    return math.ceil(SECONDS_PER_TURN / seconds_of(call, 1, device))
+def repeats_of(work: Work, device: torch.device) -> int:
+    """Return how many repeats make a round. Warms up on the way."""
+    seconds_of(work, 2, device)
+    return math.ceil(SECONDS_PER_ROUND / seconds_of(work, 1, device))
 
 
-def usable_cores() -> int:
-    """Cores that this process may use, which on a shared machine can be fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def synchronise(device: torch.device) -> None:
-    """Waits until a GPU has done all that it was given."""
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-# ---------------------------------------------------------------------------------------------
-# Processes that take turns
-# ---------------------------------------------------------------------------------------------
+# --- Processes that take turns ---
 
 
-def work(case: Case, connection) -> None:
-    """The life of a process: measures the case, until the other end says stop or is closed."""
+def measure_on_request(case: Case, connection) -> None:
+    """Measure the case in a process of its own, until the other end says stop or is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it is not inherited
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends a loader too
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends a loader too
     try:
-        serve(case, connection)
+        answer_requests(case, connection)
     except (EOFError, ConnectionError):
         return
     except (RuntimeError, UserError) as error:
-        connection.send(UserError(f"measuring {case} failed ({first_line(error)})"))
+        connection.send(UserError(f"measuring {case} failed ({summarize_error(error)})"))
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends by itself, in good order
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
 
 
-def serve(case: Case, connection) -> None:
-    """Prepares the case when sent environment variables, then measures a turn each time."""
-    connection.send("ready")
-    os.environ.update(connection.recv())
+def answer_requests(case: Case, connection) -> None:
+    """Say that all is imported; then prepare, measure rounds, and tell the peak memory."""
+    connection.send("imported")
+    connection.recv()
     if case.side != "textbook":
         keep_freed_memory()
     if case.part == "pipeline-1-core":
         torch.set_num_threads(1)
-    device, processes = torch.device(case.device), Processes()
-    if processes.count > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes.count))
-        processes.connect()
-        device = processes.select_device(device.type)
-    operations = None
-    if case.side == "product":
-        call, operations = product_call(case, device)
+    device, flops = torch.device(case.device), None
+    if case.side == "matmul":
+        work, flops = matmul_work(case, device)
     elif case.side == "textbook":
-        call = textbook_call(case, device)
+        work = textbook_work(case, device)
     else:
-        call = our_call(case, device)
-    [repeats] = processes.highest(repeats_of(call, device))
-    connection.send(operations)
-    while connection.recv() == "turn":
-        connection.send(seconds_of(call, repeats, device))
+        work = our_work(case, device)
+    repeats = repeats_of(work, device)
+    connection.send(flops)
+    while connection.recv() == "measure":
+        connection.send(seconds_of(work, repeats, device))
     connection.send(peak_memory_mib(device))
 
 
@@ -395,17 +331,21 @@ class Worker:
 
     def __init__(self, case: Case):
         self.case = case
-        self.seconds: list[float] = []
+        self.seconds: list[float] = []  # of each round
+        self.flops: int | None = None  # of a matrix product
+        self.peak_memory_mib: int | None = None
         context = multiprocessing.get_context("spawn")
         self.connection, other_end = context.Pipe()
-        # Not a daemon: a textbook side has worker processes of its own.
-        self.process = context.Process(target=work, args=(case, other_end))
+        # Not a daemon: the textbook's loader starts processes of its own.
+        self.process = context.Process(target=measure_on_request, args=(case, other_end))
         self.process.start()
         other_end.close()
 
-    def ask(self, message):
-        """The process's answer. Raises UserError if it failed or is no more."""
-        return ask_all([self], [message])[0]
+    def ask(self, message: str):
+        """Return the process's answer. Raises UserError if it failed or is no more."""
+        with contextlib.suppress(ConnectionError):  # which answer() reports
+            self.connection.send(message)
+        return self.answer()
 
     def answer(self):
         try:
@@ -418,114 +358,113 @@ class Worker:
 
 
 @contextlib.contextmanager
-def interrupts_delayed() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block, and never reaches processes started there.
-
-    On Windows it reaches them until they have imported what they need.
-    """
-    arrived = []
-    can_block = hasattr(signal, "pthread_sigmask")  # not on Windows
-    # Another thread, such as the progress bar's, is sent what the main one blocks.
-    handler = signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
-    try:
-        if can_block:
-            resource_tracker.ensure_running()  # which the first process starts, and which unblocks
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        yield
-    finally:
-        if can_block:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        signal.signal(signal.SIGINT, handler)
-        if arrived:
-            signal.raise_signal(signal.SIGINT)
-
-
-@contextlib.contextmanager
 def started(cases: list[Case]) -> Iterator[list[Worker]]:
-    """A process for each case, all imports done; none outlives the block."""
+    """Yield a process for each case, all imports done; none outlives the block."""
     workers = []
+    # A terminal sends Ctrl-C to all processes. Those started now inherit that they ignore it, and
+    # are ended from here.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with interrupts_delayed():
-            for case in cases:
-                workers.append(Worker(case))
+        try:
+            workers += map(Worker, cases)
+        finally:
+            signal.signal(signal.SIGINT, handler)
         for worker in workers:
             worker.answer()
         yield workers
     finally:
         for worker in workers:
-            worker.process.terminate()  # after an error one may be in the middle of a turn
+            worker.process.terminate()  # after an error one may be in the middle of a round
         for worker in workers:
             worker.process.join(PATIENCE)
             worker.process.kill()  # in the middle of one long operation
             worker.process.join()
 
 
-def ask_all(workers: list[Worker], messages: list) -> list:
-    """What each process answers, all of them being asked before the first answer is waited for."""
-    for worker, message in zip(workers, messages, strict=True):
-        with contextlib.suppress(ConnectionError):  # which answer() reports
-            worker.connection.send(message)
-    return [worker.answer() for worker in workers]
-
-
-def finish(workers: list[Worker]) -> list[int | None]:
-    """Ends the processes. Returns the peak memory of each in MiB."""
-    memory = ask_all(workers, ["stop"] * len(workers))
-    for worker in workers:
-        worker.process.join()
-    return memory
-
-
-def measure(cases: list[Case], rounds: int) -> list[dict]:
-    """A row for each case but the products, measured in turns."""
+def take_turns(cases: list[Case], rounds: int) -> list[Worker]:
+    """Return the processes of the cases, ended, with what they have measured."""
     with started(cases) as workers:
-        operations = [worker.ask({}) for worker in workers]
+        for worker in workers:
+            worker.flops = worker.ask("prepare")
         for _ in range(rounds):
             for worker in workers:
-                worker.seconds.append(worker.ask("turn"))
-        memory = finish(workers)
-    peaks = {
-        worker.case.precision: [count / s for s in worker.seconds]
-        for worker, count in zip(workers, operations, strict=True)
-        if count
-    }
-    return [  # the first is the textbook's
-        row_of(worker, workers[0], memory_mib, peaks)
-        for worker, memory_mib in zip(workers, memory, strict=True)
-        if worker.case.side != "product"
+                worker.seconds.append(worker.ask("measure"))
+        for worker in workers:
+            worker.peak_memory_mib = worker.ask("stop")
+            worker.process.join()
+    return workers
+
+
+# --- Comparisons with the textbook script ---
+
+
+def comparison(
+    part: str, batch_size: int, precision: str, device: str, workers: int, with_compile: bool
+) -> list[Case]:
+    """Return the cases to measure in turns, the textbook's first."""
+    batches = 1
+    precisions = ["fp32"] if precision == "fp32" else ["fp32", precision]
+    sides = [("ours", name) for name in precisions]
+    if part in ("step", "inference"):
+        sides += [("matmul", name) for name in precisions]
+    if part in ("step", "inference", "loop") and with_compile:
+        sides.append(("compiled", precision))
+    if part == "loop":
+        batches = 80 if device.startswith("cuda") else 2
+    if part.startswith("pipeline"):
+        batches = 80 if device.startswith("cuda") else 8
+        sides = [("ours", "fp32")]
+    if part == "pipeline-1-core":
+        workers = 1
+    return [
+        Case(part, side, name, batch_size, batch_size * batches, device, workers)
+        for side, name in [("textbook", "fp32"), *sides]
     ]
 
 
-def row_of(worker: Worker, textbook: Worker, memory: int | None, peaks: dict) -> dict:
-    """Medians over the rounds with the lowest and the highest.
+def compare(cases: list[Case], rounds: int) -> list[dict]:
+    """Return a row for each case but the matrix products, measured in turns."""
+    workers = take_turns(cases, rounds)
+    peaks = {
+        worker.case.precision: [worker.flops / seconds for seconds in worker.seconds]
+        for worker in workers
+        if worker.flops
+    }
+    sides = [worker for worker in workers if not worker.flops]
+    return [row_of(worker, sides[0].seconds, peaks.get(worker.case.precision)) for worker in sides]
 
-    Ratios are taken round by round; peaks are a product's operations per second, by precision.
+
+def row_of(worker: Worker, textbook_seconds: list[float], peak: list[float] | None) -> dict:
+    """Return medians over the rounds with the lowest and the highest.
+
+    Ratios are taken round by round. peak is a matrix product's operations per second, if measured.
     """
-    case = worker.case
+    case, seconds = worker.case, worker.seconds
     row = asdict(case) | {
         "name": PARTS[case.part],
-        "images_per_second": spread(case.images / s for s in worker.seconds),
+        "images_per_second": spread(case.images / own for own in seconds),
         "times_the_textbook": spread(
-            other / own for other, own in zip(textbook.seconds, worker.seconds, strict=True)
+            other / own for other, own in zip(textbook_seconds, seconds, strict=True)
         ),
-        "peak_memory_mib": memory,
+        "peak_memory_mib": worker.peak_memory_mib,
     }
-    if case.precision in peaks:
-        operations = case.images * operations_per_image(training=case.part != "inference")
-        turns = list(zip(worker.seconds, peaks[case.precision], strict=True))
-        row["peak_gflops"] = spread(peak / 1e9 for _, peak in turns)
-        row["share_of_peak"] = spread(operations / seconds / peak for seconds, peak in turns)
+    if peak:
+        flops = case.images * flops_per_image(training=case.part != "inference")
+        row["peak_gflops"] = spread(value / 1e9 for value in peak)
+        row["share_of_peak"] = spread(
+            flops / own / value for own, value in zip(seconds, peak, strict=True)
+        )
     return row
 
 
-def spread(values) -> list[float]:
-    """[median, lowest, highest]"""
+def spread(values: Iterator[float]) -> list[float]:
+    """Return [median, lowest, highest]."""
     values = list(values)
     return [statistics.median(values), min(values), max(values)]
 
 
-def operations_per_image(training: bool) -> int:
-    """Multiplications and additions of the convolutions and fully connected layers."""
+def flops_per_image(training: bool) -> int:
+    """Return multiplications plus additions of the convolutions and fully connected layers."""
     with torch.device("meta"):
         network, image = AlexNet(), torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     with FlopCounterMode(display=False) as counter:
@@ -535,97 +474,34 @@ def operations_per_image(training: bool) -> int:
     return counter.get_total_flops()
 
 
-# ---------------------------------------------------------------------------------------------
-# What is measured
-# ---------------------------------------------------------------------------------------------
+def comparison_line(row: dict) -> str:
+    """Return a row of compare() for people."""
+    name = f"{row['name']}: {row['side']}, {row['precision']}"
+    rates = "{:,.4g} ({:,.4g} to {:,.4g}) images/s".format(*row["images_per_second"])
+    ratios = "{:.2f} ({:.2f} to {:.2f}) times".format(*row["times_the_textbook"])
+    memory = f"{row['peak_memory_mib'] or 0:,} MiB"
+    share = row.get("share_of_peak")
+    shares = "{:.0%} ({:.0%} to {:.0%}) of the peak".format(*share) if share else ""
+    return f"{name:<46}{row['batch_size']:>6}  {rates:<37}{ratios:<30}{memory:>12}  {shares}"
 
 
-def comparison(
-    part: str, batch_size: int, sides: list[tuple[str, str]], device: torch.device, workers: int
-) -> list[Case]:
-    """The cases to measure in turns, the textbook script's first; sides are (side, precision)."""
-    images = batch_size
-    if part in WHOLE_EPOCHS:
-        # Long enough to be timed, short enough for a CPU.
-        on_cpu = 2 if part == "loop" else 8
-        images *= 80 if device.type == "cuda" else on_cpu
-    if part in ("pipeline", "pipeline-1-core"):
-        sides = [("here", "fp32")]
-    elif part == "lrn":
-        sides = [side for side in sides if side[0] == "here"]
-    elif part == "loop":
-        sides = [side for side in sides if side[0] != "product"]
-    workers = 1 if part == "pipeline-1-core" else workers
-    return [
-        Case(part, side, precision, batch_size, images, device=str(device), workers=workers)
-        for side, precision in [("textbook", "fp32"), *sides]
-    ]
-
-
-def sides_of(precision: str, with_compile: bool) -> list[tuple[str, str]]:
-    """(side, precision) of all that a comparison may hold beside the textbook script."""
-    precisions = ["fp32"] if precision == "fp32" else ["fp32", precision]
-    sides = [(side, p) for side in ("here", "product") for p in precisions]
-    return [*sides, ("compiled", precision)] if with_compile else sides
+# --- A training step by itself: its operations, and how it scales ---
 
 
 def step_case(precision: str, batch_size: int, device: torch.device) -> Case:
-    """A training step of this project, by itself."""
-    return Case(
-        "step", "here", precision, batch_size, images=batch_size, device=str(device), workers=0
-    )
-
-
-def measure_growth(precision: str, device: torch.device) -> Iterator[dict]:
-    """Time and memory of a training step by number of processes and batch size, one by one."""
-    # Several processes need several devices, and cuda:1 is one.
-    most = {"cpu": 2, "cuda": torch.cuda.device_count()}.get(str(device), 1)
-    counts = [2**i for i in range(most.bit_length())]
-    sizes = {count: [size for size in GROWTH_BATCH_SIZES if size >= count] for count in counts}
-    total = sum(map(len, sizes.values()))
-    with tqdm(total=total, desc="batch sizes", leave=False, disable=None) as bar:
-        for count in counts:
-            cases = [
-                step_case(precision, size, device) for size in sizes[count] for _ in range(count)
-            ]
-            with started(cases) as workers:
-                for i, size in enumerate(sizes[count]):
-                    together = workers[i * count : (i + 1) * count]
-                    yield {"processes": count, "batch_size": size, **measure_together(together)}
-                    bar.update()
-
-
-def measure_together(workers: list[Worker]) -> dict:
-    """Time of a step, and memory, of processes that share its batch."""
-    count = len(workers)
-    ask_all(workers, environments(count))
-    seconds = [max(ask_all(workers, ["turn"] * count)) for _ in range(3)]
-    memory = finish(workers)
-    total = None if None in memory else sum(memory)
-    return {"seconds": statistics.median(seconds), "peak_memory_mib": total}
-
-
-def environments(count: int) -> list[dict]:
-    """The environment variables that torchrun would give to each of so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    everyone = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        {name: str(value) for name, value in {**everyone, "RANK": i, "LOCAL_RANK": i}.items()}
-        for i in range(count)
-    ]
+    """Return a training step of this repository."""
+    return Case("step", "ours", precision, batch_size, batch_size, str(device))
 
 
 def measure_operations(precision: str, batch_size: int, device: torch.device) -> list[dict]:
-    """Where the time of a training step goes: milliseconds by torch operation, most first."""
+    """Return the milliseconds of a training step by torch operation, the slowest first."""
     keep_freed_memory()
-    call = our_call(step_case(precision, batch_size, device), device)
-    seconds_of(call, 5, device)
-    # Keeps the profiler's own notices off the screen.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    work = our_work(step_case(precision, batch_size, device), device)
+    work(5)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # without the profiler's own notices
     with torch.profiler.profile() as profiler:
-        seconds_of(call, PROFILED_STEPS, device)
+        work(PROFILED_STEPS)
+        synchronize(device)
     on_device = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     rows = [
         {
@@ -639,149 +515,79 @@ def measure_operations(precision: str, batch_size: int, device: torch.device) ->
     return sorted(rows, key=lambda row: -row["milliseconds"])
 
 
-def print_operations(rows: list[dict], batch_size: int) -> None:
-    """The profiler's operations, the slowest first."""
-    total = sum(row["milliseconds"] for row in rows) or 1.0  # a profiler may see nothing
-    print(f"\nby operation: {short(total)} ms, training step at batch {batch_size} in the profiler")
-    for row in rows[:OPERATIONS_SHOWN]:
-        share = row["milliseconds"] / total
-        print(
-            f"{row['operation']:<46}{row['milliseconds']:>9.2f} ms {share:>6.1%} "
-            f"{row['calls']:>6} calls"
-        )
+def measure_scaling(precision: str, device: torch.device) -> Iterator[dict]:
+    """Yield time and memory of a training step by batch size."""
+    for size in SCALING_BATCH_SIZES:
+        [worker] = take_turns([step_case(precision, size, device)], rounds=3)
+        seconds = statistics.median(worker.seconds)
+        yield {"batch_size": size, "seconds": seconds, "peak_memory_mib": worker.peak_memory_mib}
 
 
-def growth_line(row: dict) -> str:
-    """Speed and memory of a training step at a batch size and number of processes."""
-    memory = f", {row['peak_memory_mib']:,} MiB" if row["peak_memory_mib"] else ""
-    return (
-        f"{row['processes']} process{'es' if row['processes'] > 1 else ''}, "
-        f"batch {row['batch_size']}: {row['seconds']:.4g} s, "
-        f"{short(row['batch_size'] / row['seconds'])} images/s{memory}"
-    )
-
-
-def table_line(row: dict) -> str:
-    """A side of a comparison under TABLE_HEAD, with spread."""
-    name = f"{PARTS[row['part']]}: {side_name(row)}"
-    rates = "{} ({} to {})".format(*map(short, row["images_per_second"]))
-    ratios = "{:.2f} ({:.2f} to {:.2f})".format(*row["times_the_textbook"])
-    share = row.get("share_of_peak")
-    shares = "{:.0%} ({:.0%} to {:.0%})".format(*share) if share else ""
-    memory = f"{row['peak_memory_mib']:,} MiB" if row["peak_memory_mib"] else ""
-    return f"{name:<46}{row['batch_size']:>6}  {rates:<25}  {ratios:<22}{memory:>10}  {shares:<16}"
-
-
-def short(number: float) -> str:
-    """Four digits, or all of a larger whole number."""
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
-
-
-def side_name(row: dict) -> str:
-    """For the tables: the textbook, or this project with its precision."""
-    return row["side"] if row["side"] == "textbook" else f"{row['side']}, {row['precision']}"
-
-
-def batch_making_share(rows: list[dict]) -> str | None:
-    """How much of the fastest training step its batch takes to make, at the largest batch size."""
-    batch_size = max(row["batch_size"] for row in rows)
-    ours = [row for row in rows if row["side"] != "textbook" and row["batch_size"] == batch_size]
-    rates = {}
-    for row in ours:  # in one precision or several, compiled or not
-        rates[row["part"]] = max(row["images_per_second"][0], rates.get(row["part"], 0))
-    if "step" not in rates or "pipeline" not in rates:
-        return None
-    shares = {part: rates["step"] / rates[part] for part in rates if part.startswith("pipeline")}
-    words = ", ".join(f"{PARTS[part]} {share:.1%}" for part, share in shares.items())
-    return f"time to make a batch, as a share of the fastest training step at {batch_size}: {words}"
-
-
-# ---------------------------------------------------------------------------------------------
-# The script
-# ---------------------------------------------------------------------------------------------
+# --- The script ---
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = OneLineParser(description="Measure this project beside the textbook script.")
+    parser = OneLineParser(
+        prog="python -m research.benchmark",
+        description="Measure this repository beside the textbook script.",
+    )
     add = parser.add_argument
+    # On a shared machine a process may use fewer cores than there are.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--parts", nargs="+", choices=ALL_PARTS, default=ALL_PARTS, help="default: all")
-    add(
-        "--batch-sizes",
-        nargs="+",
-        type=positive_int,
-        default=[32, 128],
-        metavar="N",
-        help="default: 32 128",
-    )
-    add("--rounds", type=positive_int, default=7, help="turns of each side; default: 7")
-    add(
-        "--workers",
-        type=positive_int,
-        help="of the textbook's DataLoader; default: 8, or fewer cores",
-    )
+    sizes = {"nargs": "+", "type": positive_int, "default": [32, 128], "metavar": "N"}
+    add("--batch-sizes", help="default: 32 128", **sizes)
+    add("--rounds", type=positive_int, default=7, help="of each side; default: 7")
+    what = "of the textbook's DataLoader; default: 8, or as many as there are cores if fewer"
+    add("--workers", type=positive_int, default=min(8, cores or 1), help=what)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--compile", action="store_true", help="measure torch.compile's network too")
-    add("--json", type=output_file, metavar="FILE", help="write all results to FILE")
-    add("--figure", type=output_file, metavar="FILE", help="draw the results")
-    add(
-        "--growth-figure",
-        type=output_file,
-        metavar="FILE",
-        help="draw time and memory by batch size",
-    )
+    files = {"type": output_file, "metavar": "FILE"}
+    add("--json", help="write all results to FILE", **files)
+    add("--figure", help="draw the comparisons", **files)
+    add("--scaling-figure", help="draw time and memory of a step by batch size", **files)
     return parser.parse_args()
-
-
-def save(results: dict, path: Path | None) -> None:
-    """Writes all results so far, if there is a file for them."""
-    if path:
-        write_json(path, results)
 
 
 def main() -> None:
     args = parse_arguments()
     device = select_device(args.device)
     precision = select_precision("auto", device)
-    sides = sides_of(precision, args.compile)
-    workers = args.workers or min(8, usable_cores())
-    about = environment(device) | {"workers": workers, "rounds": args.rounds}
-    print(
-        f"torch {about['torch']} on {about['device']}, {workers} workers for the textbook's loader"
-    )
+    about = environment(device) | {"workers": args.workers, "rounds": args.rounds}
+    about["command"] = command_line("-m", "research.benchmark", *sys.argv[1:])
+    results = {"environment": about, "rows": [], "operations": [], "scaling": []}
 
+    def save(name: str, rows: list[dict]) -> None:
+        results[name] += rows
+        if args.json:  # at once: it took minutes, and the next part may want more memory
+            write_json(args.json, results)
+
+    print(f"torch {about['torch']} on {about['device']}, textbook's loader: {args.workers} workers")
     comparisons = [
-        comparison(part, batch_size, sides, device, workers)
+        comparison(part, size, precision, str(device), args.workers, args.compile)
         for part in args.parts
         if part in PARTS and (part != "pipeline-1-core" or device.type == "cpu")
-        for batch_size in args.batch_sizes
+        for size in args.batch_sizes
     ]
-    rows, operations, growth = [], [], []
-    results = {"environment": about, "rows": rows, "operations": operations, "growth": growth}
-    # Each result is shown and saved at once: it took minutes, and the next may want more memory.
-    if comparisons:
-        print(TABLE_HEAD)
     for cases in tqdm(comparisons, "comparisons", leave=False, disable=None):
-        for row in measure(cases, args.rounds):
-            rows.append(row)
-            tqdm.write(table_line(row))
-        save(results, args.json)
-    if rows:
-        if share := batch_making_share(rows):
-            print(share)
-        if args.figure:
-            figures.save_figure(figures.speed(rows, about["device"]), args.figure)
+        rows = compare(cases, args.rounds)
+        save("rows", rows)
+        tqdm.write("\n".join(map(comparison_line, rows)))
+    if comparisons and args.figure:
+        save_figure(figures.speed(results["rows"], about["device"]), args.figure)
     if "operations" in args.parts:
-        operations += measure_operations(precision, max(args.batch_sizes), device)
-        save(results, args.json)
-        print_operations(operations, max(args.batch_sizes))
-    if "growth" in args.parts:
-        print("\ntraining step by batch size")
-        for row in measure_growth(precision, device):
-            growth.append(row)
-            tqdm.write(growth_line(row))
-            save(results, args.json)
-            if args.growth_figure:
-                figures.save_figure(figures.growth(growth, about["device"]), args.growth_figure)
+        rows = measure_operations(precision, max(args.batch_sizes), device)
+        save("operations", rows)
+        print(f"a training step at batch {max(args.batch_sizes)} in the profiler, slowest first:")
+        for row in rows[:OPERATIONS_SHOWN]:
+            print(f"{row['milliseconds']:>9.2f} ms {row['calls']:>4} x {row['operation']}")
+    if "scaling" in args.parts:
+        for row in measure_scaling(precision, device):
+            save("scaling", [row])
+            print("training step, batch {}: {:.4g} s, {} MiB".format(*row.values()), flush=True)
+        if args.scaling_figure:
+            figure = figures.scaling(results["scaling"], about["device"])
+            save_figure(figure, args.scaling_figure)
 
 
 if __name__ == "__main__":

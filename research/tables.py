@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/ from the files in results/: python tables.py [--check]
+"""Write the tables of README.md and docs/ from results/: python -m research.tables [--check]
 
 A table stands between the lines <!-- table NAME --> and <!-- end -->, NAME being one of TABLES.
 """
@@ -9,300 +9,226 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from figures import speed_name
-from recipes import BEFORE, as_command_line, new_config, recorded_config
-from utils import OneLineParser, UserError, atomic_write, read_csv, read_history, run_script
+from figures import read_history
+from recipes import FIELDS
+from research.figures import speed_name
+from utils import OneLineParser, UserError, atomic_write, count_of, read_csv, run_script
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.S)
-NOT_COMPARED = ("data_dir", "device", "save_every", "seed", "tensorboard")
-RESULT_COLUMNS = (
-    "command",
-    "seeds",
-    "validation",
-    "test",
-    "ten views",
-    "calibration error",
-    "test loss",
-    "training",
-    "hardware",
+# Runs on CIFAR-10: the folder in results/, and the command that does the same today, but for the
+# seed. The tables have them in this order.
+COMMANDS = {
+    "cifar10-sgd": "python train.py --compile",
+    "cifar10-adam-16-epochs": "python train.py --optimizer adam --epochs 16",
+    "cifar10-adam": "python train.py --optimizer adam",
+    "cifar10-adam-seed-1": "python train.py --optimizer adam",
+    "cifar10-paper-3-epochs": "python train.py --recipe paper --epochs 3",
+}
+MARK = "¹"
+NOTE = (
+    f"\n{MARK} Trained with PyTorch's dropout, at an earlier commit; the command has the paper's.\n"
 )
-RATE_COLUMNS = ("textbook (images/s)", "here (images/s)")
+MILESTONES = (0.6, 0.7, 0.8, 0.9, 0.93, 0.94)  # validation accuracies
+RATE_COLUMNS = ("textbook (images/s)", "this repository (images/s)", "times as fast (range)")
 
 
-def markdown(header: list[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown, a line for each row."""
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table in Markdown, a line for each row."""
+    header = list(header)
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-# ---------------------------------------------------------------------------------------------
-# Accuracy
-# ---------------------------------------------------------------------------------------------
+# --- Accuracy ---
 
 
-def read_run(folder: Path) -> dict:
-    """A run's settings and command, epochs, minutes of training, and test.json if it has one."""
-    record = json.loads((folder / "config.json").read_text())
-    test = folder / "test.json"
+def read_run(folder: str) -> dict:
+    """Return what the tables need of a run of train.py that evaluate.py tested."""
+    path = RESULTS / folder
+    record = json.loads((path / "config.json").read_text())
+    settings = record["settings"]
+    # Before the rebuild there were more settings, and at first PyTorch's dropout only.
+    is_old = settings.keys() != FIELDS.keys()
+    is_inverted = is_old and settings.get("dropout_scaling", "training") == "training"
+    history = read_history(path)
+    device = re.sub(r"\(R\)| Processor| @ [\d.]+GHz", "", record["starts"][0]["device"])
     return {
-        "folder": folder.name,
-        "settings": record["settings"],
-        "command": command_for(record["settings"]),
-        "device": record["starts"][0]["device"],
-        "epochs": read_csv(folder / "metrics.csv"),
-        "minutes": sum(float(row["seconds"]) for row in read_csv(folder / "timing.csv")) / 60,
-        "test": json.loads(test.read_text()) if test.exists() else None,
-        "note": (folder / "note.txt").read_text().strip() if (folder / "note.txt").exists() else "",
+        "folder": f"results/{folder}",
+        "command": f"`{COMMANDS[folder]}`",
+        "mark": MARK if is_inverted else "",
+        "seed": str(settings["seed"]),
+        "hardware": f"{device}, {settings['precision']}",
+        "history": history,
+        "minutes": history[-1]["minutes"],
+        "validation": max(row["val_accuracy"] for row in history),
+        "test": json.loads((path / "test.json").read_text()),
     }
 
 
-def read_runs(folder: Path) -> list[dict]:
-    """The runs of train.py on CIFAR-10 whose folders are in this one, by name."""
-    folders = [path.parent for path in sorted(folder.glob("*/config.json"))]
-    runs = [read_run(each) for each in folders if not (each / "ablation.csv").exists()]
-    return [run for run in runs if run["settings"]["dataset"] == "cifar10"]
-
-
-def by_experiment(runs: list[dict]) -> list[list[dict]]:
-    """Runs that differ by their seed alone are together."""
+def experiments() -> list[list[dict]]:
+    """Return the runs in the order of COMMANDS; those that differ by their seed are together."""
     groups = {}
-    for run in runs:
-        settings = {**BEFORE, **run["settings"]}  # a run may be older than an option
-        key = {name: value for name, value in settings.items() if name not in NOT_COMPARED}
-        key["hardware"] = run["device"]
-        groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
+    for run in map(read_run, COMMANDS):
+        key = run["command"], run["mark"], run["hardware"]
+        groups.setdefault(key, []).append(run)
     return list(groups.values())
 
 
-def command_for(settings: dict) -> str:
-    """The command that trains with a run's settings today; its recipe may have been another then.
-
-    Without the seed and the other settings that do not make it another experiment.
-    """
-    settings = recorded_config(settings)
-    place = {name: settings[name] for name in ("recipe", "dataset")}
-    row = {**place, "optimizer": settings["optimizer"]}
-    usual = {**new_config(row), "recipe": "modern", "dataset": "cifar10", "precision": "bf16"}
-    usual["optimizer"] = new_config(place)["optimizer"]
-    ours = {**row, **settings}  # these three first
-    others = {
-        name: value
-        for name, value in ours.items()
-        if name not in NOT_COMPARED and value != usual.get(name)
-    }
-    return " ".join(["python train.py", *as_command_line(others)]).replace("=", " ")
+def percent(shares: list[float]) -> str:
+    """Return shares (0..1) as mean ± standard deviation; fewer than three as they are."""
+    if len(shares) < 3:
+        return ", ".join(f"{share:.1%}" for share in shares)
+    return f"{statistics.mean(shares):.1%} ± {100 * statistics.stdev(shares):.1f}"
 
 
-def with_seed(run: dict) -> str:
-    """The command of one run; a seed of 0 is the default."""
-    seed = run["settings"].get("seed", 0)
-    return f"`{run['command']} --seed {seed}`" if seed else f"`{run['command']}`"
-
-
-def seed_link(run: dict) -> str:
-    """A run's seed, leading to its folder."""
-    return f"[{run['settings'].get('seed', 0)}](results/{run['folder']})"
-
-
-def several(values: list[float], digits: int, unit: str = "") -> str:
-    """Mean ± standard deviation; one or two as they are, as two say little of a spread."""
-    if len(values) < 3:
-        return ", ".join(f"{value:.{digits}f}{unit}" for value in values)
-    mean, deviation = statistics.mean(values), statistics.stdev(values)
-    return f"{mean:.{digits}f}{unit} ± {deviation:.{digits}f}"
-
-
-def percent(shares: list[float], interval: list[float] | None = None) -> str:
-    """Shares in 0..1, as several() shows them; of a single one also its 95% interval, if given."""
-    text = several([100 * share for share in shares], 1, "%")
-    if len(shares) == 1 and interval:
-        text += f" ({interval[0]:.1%} to {interval[1]:.1%})"
+def accuracy_with_interval(runs: list[dict]) -> str:
+    """Return the test accuracy, of a single run with its 95% interval."""
+    text = percent([run["test"]["accuracy"] for run in runs])
+    if len(runs) == 1:
+        text += " ({:.1%} to {:.1%})".format(*runs[0]["test"]["interval_95"])
     return text
 
 
-def best_validation(run: dict) -> float | None:
-    """The highest validation accuracy (0..1) of any epoch; None with --train-split full."""
-    accuracies = [float(row["val_accuracy"]) for row in run["epochs"] if row["val_accuracy"]]
-    return max(accuracies, default=None)
+def training_time(runs: list[dict]) -> str:
+    """Return epochs and minutes, from the shortest run to the longest.
 
-
-def results_table(left_out: Iterable[str] = (), min_epochs: int = 0) -> str:
-    """A row for each experiment on CIFAR-10 that was evaluated on the test split.
-
-    Of those of at least min_epochs, without the columns that are left out, by their names in the
-    table's head.
+    No mean, as machines of one name differ by a factor of two.
     """
-    runs = [run for run in read_runs(RESULTS) if run["settings"]["epochs"] >= min_epochs]
-    groups = by_experiment([run for run in runs if run["test"]])
-    groups.sort(key=lambda group: -statistics.mean(run["test"]["accuracy"] for run in group))
+    minutes = sorted(run["minutes"] for run in runs)
+    span = dict.fromkeys(f"{value:.3g}" for value in (minutes[0], minutes[-1]))
+    return f"{count_of(len(runs[0]['history']), 'epoch')}, {' to '.join(span)} min"
+
+
+def with_note(table: str) -> str:
+    """Return a table with the note that its marks refer to."""
+    return table + (NOTE if MARK in table else "")
+
+
+def short_results_table() -> str:
     rows = []
-    for group in groups:
-        tests = [run["test"] for run in group]
-        validation = [best_validation(run) for run in group]
-        errors = [test["calibration_error"] for test in tests if "calibration_error" in test]
+    for runs in experiments():
+        recipe = f"[{runs[0]['command']}]({runs[0]['folder']}){runs[0]['mark']}"
         rows.append(
-            {
-                "command": f"`{group[0]['command']}`",
-                "seeds": ", ".join(map(seed_link, group)),
-                "validation": percent(validation) if None not in validation else "",
-                "test": percent([test["accuracy"] for test in tests], tests[0]["interval_95"]),
-                "ten views": ten_views(tests),
-                "calibration error": percent(errors) if errors else "",
-                "test loss": several([test["loss"] for test in tests], 3),
-                "training": f"{group[0]['settings']['epochs']} epochs, {minutes_of(group)}",
-                "hardware": group[0]["device"],
-            }
+            [recipe, accuracy_with_interval(runs), training_time(runs), runs[0]["hardware"]]
         )
-    header = [name for name in RESULT_COLUMNS if name not in left_out]
-    return markdown(header, ([row[name] for name in header] for row in rows))
+    return with_note(markdown(["recipe", "test accuracy", "training time", "hardware"], rows))
 
 
-def ten_views(tests: list[dict]) -> str:
-    """Accuracy with ten views, which not every seed may have been tested with."""
-    accuracies = [test["ten_views"]["accuracy"] for test in tests if "ten_views" in test]
-    if not accuracies:
-        return ""
-    some = f" ({len(accuracies)} of {len(tests)} seeds)" if len(accuracies) < len(tests) else ""
-    return percent(accuracies) + some
-
-
-def minutes_of(runs: list[dict]) -> str:
-    """How long the training took; from the shortest to the longest if they differ.
-
-    No mean: two machines of one name may differ by a factor of two.
-    """
-    minutes = [f"{run['minutes']:.3g}" for run in sorted(runs, key=lambda run: run["minutes"])]
-    return f"{' to '.join(dict.fromkeys([minutes[0], minutes[-1]]))} min"
+def results_table() -> str:
+    rows = []
+    for runs in experiments():
+        tests = [run["test"] for run in runs]
+        seeds = ", ".join(f"[{run['seed']}]({run['folder']})" for run in runs)
+        cells = [runs[0]["command"] + runs[0]["mark"], seeds]
+        cells += [percent([run["validation"] for run in runs]), accuracy_with_interval(runs)]
+        ten_views = [test["ten_views"]["accuracy"] for test in tests if "ten_views" in test]
+        cells.append(percent(ten_views))
+        cells.append(percent([test["calibration_error"] for test in tests]))
+        rows.append([*cells, training_time(runs), runs[0]["hardware"]])
+    header = ["command", "seeds", "validation", "test", "ten views", "calibration error"]
+    return with_note(markdown([*header, "training", "hardware"], rows))
 
 
 def time_table() -> str:
-    """Minutes of training after which an epoch's validation accuracy first was so high."""
-    marks = (0.6, 0.7, 0.8, 0.9, 0.93, 0.94, 0.95)
-    runs = [run for run in read_runs(RESULTS) if run["test"] and best_validation(run)]
-    reached = [mark for mark in marks if any(best_validation(run) >= mark for run in runs)]
+    """Return the training time after which an epoch's validation accuracy first was so high."""
     rows = []
-    for run in sorted(runs, key=lambda run: -best_validation(run)):
-        minutes = [minutes_until(run, mark) for mark in reached]
-        times = ["" if each is None else readable_minutes(each) for each in minutes]
-        rows.append([with_seed(run), run["device"], *times])
-    return markdown(["", "hardware", *(f"{mark:.0%}" for mark in reached)], rows)
+    for run in (run for runs in experiments() for run in runs):
+        times = [time_to(milestone, run["history"]) for milestone in MILESTONES]
+        rows.append([run["command"] + run["mark"], run["seed"], run["hardware"], *times])
+    header = ["command", "seed", "hardware", *(f"{milestone:.0%}" for milestone in MILESTONES)]
+    return with_note(markdown(header, rows))
 
 
-def minutes_until(run: dict, mark: float) -> float | None:
-    """Minutes of training until the first epoch with a validation accuracy of mark (0..1)."""
-    history = read_history(RESULTS / run["folder"])
-    return next((row["minutes"] for row in history if row["val_accuracy"] >= mark), None)
-
-
-def readable_minutes(minutes: float) -> str:
-    """For people: few minutes in seconds."""
-    return f"{60 * minutes:.0f} s" if minutes < 2 else f"{minutes:.3g} min"
+def time_to(accuracy: float, history: list[dict]) -> str:
+    """Return the training time to the first epoch that reaches it; nothing if none does."""
+    for row in history:
+        if row["val_accuracy"] >= accuracy:
+            minutes = row["minutes"]
+            return f"{60 * minutes:.0f} s" if minutes < 2 else f"{minutes:.3g} min"
+    return ""
 
 
 def tried_table() -> str:
-    """A row for each run on CIFAR-10, failures included, and its validation accuracy."""
-    runs = [*read_runs(RESULTS), *read_runs(RESULTS / "search")]
-    rows = []
-    for run in sorted(runs, key=lambda run: -(best_validation(run) or 0)):
-        done = f"{len(run['epochs'])} of {run['settings']['epochs']}"
-        ends = [run["epochs"][place]["val_accuracy"] if run["epochs"] else "" for place in (0, -1)]
-        accuracies = [f"{float(end):.1%}" if end else "" for end in ends]
-        rows.append([with_seed(run), done, *accuracies, run["note"]])
-    return markdown(["command", "epochs", "after the first", "after the last", ""], rows)
+    """Return the runs of results/tried.csv on all training images of CIFAR-10."""
+    rows = [
+        [
+            row["recipe"],
+            row["setting"],
+            row["epochs"],
+            f"{float(row['val_accuracy']):.1%}" if row["val_accuracy"] else "",
+            f"{float(row['val_loss']):.3f}" if row["val_loss"] else "",
+            row["hardware"],
+            row["verdict"],
+        ]
+        for row in read_csv(RESULTS / "tried.csv")
+        if row["images"] == "45,000"
+    ]
+    header = ["recipe", "other than the recipe", "epochs", "accuracy", "loss", "hardware", ""]
+    return markdown(header, rows)
 
 
-# ---------------------------------------------------------------------------------------------
-# Speed
-# ---------------------------------------------------------------------------------------------
+# --- Speed ---
 
 
-def speed_rows(batch_size: int, compiled: bool, *files: str) -> Iterable[tuple[str, dict, dict]]:
-    """For each part of the benchmark its name, the textbook's numbers and this project's.
-
-    Of files in results/speed, which have different parts.
-    """
+def speed_rows(*files: str) -> list[tuple[dict, dict]]:
+    """Return the textbook's row and ours for all that was measured at batch 128 in these files."""
     rows = []
     for file in files:
         rows += json.loads((RESULTS / "speed" / file).read_text())["rows"]
-    rows = [row for row in rows if row["batch_size"] == batch_size]
+    rows = [row for row in rows if row["batch_size"] == 128]
     textbook = {row["part"]: row for row in rows if row["side"] == "textbook"}
-    sides = ("here", "compiled") if compiled else ("here",)
-    for part in ("loop", "step", "inference", "lrn", "pipeline"):
-        for row in rows:
-            if row["part"] == part and row["side"] in sides:
-                yield speed_name(row), textbook[part], row
+    parts = ("loop", "step", "inference", "lrn", "pipeline")
+    ours = [row for row in rows if row["part"] in parts and row["side"] != "textbook"]
+    ours.sort(key=lambda row: parts.index(row["part"]))
+    return [(textbook[row["part"]], row) for row in ours]
 
 
-def speed_table() -> str:
-    """Batch 128, in short."""
-    rows = [
-        [name, *rates(textbook, here)]
-        for name, textbook, here in speed_rows(128, False, "cpu.json")
-    ]
-    return markdown(["", *RATE_COLUMNS, "times as fast (slowest to fastest turn)"], rows)
+def rates(textbook: dict, ours: dict) -> list[str]:
+    """Return images per second of both, and how many times as fast this repository is."""
+    speeds = [f"{row['images_per_second'][0]:,.0f}" for row in (textbook, ours)]
+    return [*speeds, "{:.1f} ({:.1f} to {:.1f})".format(*ours["times_the_textbook"])]
 
 
-def long_speed_table(batch_size: int, *files: str) -> str:
-    """With the compiled network, memory and the share of the machine's peak."""
+def short_speed_table() -> str:
+    """Return a row for each part, in the precision that train.py chooses on that CPU."""
+    chosen = {}
+    for textbook, ours in speed_rows("cpu.json"):
+        if ours["part"] != "pipeline" and ours["side"] != "compiled":
+            chosen[ours["part"]] = [speed_name(ours), *rates(textbook, ours)]  # 16 bits come last
+    return markdown(["", *RATE_COLUMNS], chosen.values())
+
+
+def speed_table(*files: str) -> str:
+    """Return every row, with memory and the share of the machine's matrix-multiply peak."""
     rows = []
-    for name, textbook, here in speed_rows(batch_size, True, *files):
-        memory = f"{textbook['peak_memory_mib']:,} / {here['peak_memory_mib']:,} MiB"
-        share = here.get("share_of_peak")
-        peak = f"{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})" if share else ""
-        rows.append([name, *rates(textbook, here), memory, peak])
-    return markdown(
-        ["", *RATE_COLUMNS, "times as fast", "memory, textbook / here", "of the peak"], rows
-    )
+    for textbook, ours in speed_rows(*files):
+        memory = f"{textbook['peak_memory_mib']:,} / {ours['peak_memory_mib']:,} MiB"
+        share = ours.get("share_of_peak")
+        shares = "{:.0%} ({:.0%} to {:.0%})".format(*share) if share else ""
+        rows.append([speed_name(ours), *rates(textbook, ours), memory, shares])
+    return markdown(["", *RATE_COLUMNS, "memory, textbook / this repository", "of the peak"], rows)
 
 
-def rates(textbook: dict, here: dict) -> list[str]:
-    """Images per second of both, and how many times as fast this project is."""
-    median, slowest, fastest = here["times_the_textbook"]
-    return [
-        f"{textbook['images_per_second'][0]:,.0f}",
-        f"{here['images_per_second'][0]:,.0f}",
-        f"{median:.1f} ({slowest:.1f} to {fastest:.1f})",
-    ]
-
-
-def operations_table() -> str:
-    """The operations of a training step that take longest."""
-    operations = json.loads((RESULTS / "speed" / "cpu.json").read_text())["operations"]
-    total = sum(row["milliseconds"] for row in operations)
-    rows = [
-        [
-            f"`{row['operation'].removeprefix('aten::')}`",
-            f"{row['milliseconds']:.0f}",
-            f"{row['milliseconds'] / total:.1%}",
-        ]
-        for row in operations[:15]
-    ]
-    return markdown(["operation", "ms", "of the step"], rows)
-
-
-# ---------------------------------------------------------------------------------------------
-# The script
-# ---------------------------------------------------------------------------------------------
+# --- The script ---
 
 TABLES = {
+    "results-short": short_results_table,
     "results": results_table,
-    "results-short": lambda: results_table(("ten views", "calibration error", "test loss"), 8),
     "time": time_table,
     "tried": tried_table,
-    "speed": speed_table,
-    "speed-128": lambda: long_speed_table(128, "cpu.json"),
-    "speed-32": lambda: long_speed_table(32, "cpu.json"),
-    "speed-no-bf16": lambda: long_speed_table(128, "no-bf16.json"),
-    "speed-h200": lambda: long_speed_table(128, "h200-128.json", "h200-parts.json"),
-    "speed-h200-1024": lambda: long_speed_table(1024, "h200.json"),
-    "operations": operations_table,
+    "speed": short_speed_table,
+    "speed-cpu": lambda: speed_table("cpu.json"),
+    "speed-h200": lambda: speed_table("h200-128.json", "h200-parts.json"),
 }
 
 
 def fill(page: Path) -> str:
-    """The page with each of its marked tables made anew. Raises UserError for an unknown one."""
+    """Return the page with each of its marked tables made anew.
+
+    Raises UserError for an unknown table.
+    """
     to_root = "../" * (len(page.relative_to(ROOT).parts) - 1)  # links are relative to the page
 
     def table(match: re.Match) -> str:
@@ -315,8 +241,11 @@ def fill(page: Path) -> str:
 
 
 def main() -> int:
-    parser = OneLineParser(description="Write the tables of README.md and docs/ from results/.")
-    parser.add_argument("--check", action="store_true", help="only say which are out of date")
+    parser = OneLineParser(
+        prog="python -m research.tables",
+        description="Write the tables of README.md and docs/ from results/.",
+    )
+    parser.add_argument("--check", action="store_true", help="only name the pages out of date")
     args = parser.parse_args()
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     stale = {page: text for page in pages if (text := fill(page)) != page.read_text()}
