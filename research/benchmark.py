@@ -23,7 +23,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -40,6 +39,7 @@ from utils import (
     PRECISIONS,
     OneLineParser,
     UserError,
+    add_device_options,
     autocast,
     command_line,
     compile_network,
@@ -58,18 +58,13 @@ from utils import (
 
 PARTS = {
     "pipeline": "data pipeline",
-    "pipeline-1-core": "data pipeline, one core",
     "lrn": "LRN forward + backward",
     "step": "training step",
     "inference": "inference",
     "loop": "training loop, data included",
 }
-ALL_PARTS = [*PARTS, "operations", "scaling"]
-SCALING_BATCH_SIZES = [4**i for i in range(6)]
 PATIENCE = 5  # seconds for a process to end when it is told to
 SECONDS_PER_ROUND = 0.3  # short calls are repeated that long
-PROFILED_STEPS = 4
-OPERATIONS_SHOWN = 15
 Work = Callable[[int], None]  # does what is measured n times
 
 
@@ -310,8 +305,6 @@ def answer_requests(case: Case, connection) -> None:
     connection.recv()
     if case.side != "textbook":
         keep_freed_memory()
-    if case.part == "pipeline-1-core":
-        torch.set_num_threads(1)
     device, flops = torch.device(case.device), None
     if case.side == "matmul":
         work, flops = matmul_work(case, device)
@@ -411,11 +404,9 @@ def comparison(
         sides.append(("compiled", precision))
     if part == "loop":
         batches = 80 if device.startswith("cuda") else 2
-    if part.startswith("pipeline"):
+    if part == "pipeline":
         batches = 80 if device.startswith("cuda") else 8
         sides = [("ours", "fp32")]
-    if part == "pipeline-1-core":
-        workers = 1
     return [
         Case(part, side, name, batch_size, batch_size * batches, device, workers)
         for side, name in [("textbook", "fp32"), *sides]
@@ -485,44 +476,6 @@ def comparison_line(row: dict) -> str:
     return f"{name:<46}{row['batch_size']:>6}  {rates:<37}{ratios:<30}{memory:>12}  {shares}"
 
 
-# --- A training step by itself: its operations, and how it scales ---
-
-
-def step_case(precision: str, batch_size: int, device: torch.device) -> Case:
-    """Return a training step of this repository."""
-    return Case("step", "ours", precision, batch_size, batch_size, str(device))
-
-
-def measure_operations(precision: str, batch_size: int, device: torch.device) -> list[dict]:
-    """Return the milliseconds of a training step by torch operation, the slowest first."""
-    keep_freed_memory()
-    work = our_work(step_case(precision, batch_size, device), device)
-    work(5)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # without the profiler's own notices
-    with torch.profiler.profile() as profiler:
-        work(PROFILED_STEPS)
-        synchronize(device)
-    on_device = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    rows = [
-        {
-            "operation": event.key,
-            "milliseconds": getattr(event, on_device) / 1000 / PROFILED_STEPS,
-            "calls": event.count // PROFILED_STEPS,
-        }
-        for event in profiler.key_averages()
-        if event.device_type == DeviceType.CPU  # a GPU's kernels are counted by what called them
-    ]
-    return sorted(rows, key=lambda row: -row["milliseconds"])
-
-
-def measure_scaling(precision: str, device: torch.device) -> Iterator[dict]:
-    """Yield time and memory of a training step by batch size."""
-    for size in SCALING_BATCH_SIZES:
-        [worker] = take_turns([step_case(precision, size, device)], rounds=3)
-        seconds = statistics.median(worker.seconds)
-        yield {"batch_size": size, "seconds": seconds, "peak_memory_mib": worker.peak_memory_mib}
-
-
 # --- The script ---
 
 
@@ -534,60 +487,41 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     # On a shared machine a process may use fewer cores than there are.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--parts", nargs="+", choices=ALL_PARTS, default=ALL_PARTS, help="default: all")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     sizes = {"nargs": "+", "type": positive_int, "default": [32, 128], "metavar": "N"}
     add("--batch-sizes", help="default: 32 128", **sizes)
     add("--rounds", type=positive_int, default=7, help="of each side; default: 7")
     what = "of the textbook's DataLoader; default: 8, or as many as there are cores if fewer"
     add("--workers", type=positive_int, default=min(8, cores or 1), help=what)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add_device_options(parser)
     add("--compile", action="store_true", help="measure torch.compile's network too")
     files = {"type": output_file, "metavar": "FILE"}
     add("--json", help="write all results to FILE", **files)
     add("--figure", help="draw the comparisons", **files)
-    add("--scaling-figure", help="draw time and memory of a step by batch size", **files)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
     device = select_device(args.device)
-    precision = select_precision("auto", device)
+    precision = select_precision(args.precision, device)
     about = environment(device) | {"workers": args.workers, "rounds": args.rounds}
     about["command"] = command_line("-m", "research.benchmark", *sys.argv[1:])
-    results = {"environment": about, "rows": [], "operations": [], "scaling": []}
-
-    def save(name: str, rows: list[dict]) -> None:
-        results[name] += rows
-        if args.json:  # at once: it took minutes, and the next part may want more memory
-            write_json(args.json, results)
-
+    rows = []
     print(f"torch {about['torch']} on {about['device']}, textbook's loader: {args.workers} workers")
     comparisons = [
         comparison(part, size, precision, str(device), args.workers, args.compile)
         for part in args.parts
-        if part in PARTS and (part != "pipeline-1-core" or device.type == "cpu")
         for size in args.batch_sizes
     ]
     for cases in tqdm(comparisons, "comparisons", leave=False, disable=None):
-        rows = compare(cases, args.rounds)
-        save("rows", rows)
-        tqdm.write("\n".join(map(comparison_line, rows)))
-    if comparisons and args.figure:
-        save_figure(figures.speed(results["rows"], about["device"]), args.figure)
-    if "operations" in args.parts:
-        rows = measure_operations(precision, max(args.batch_sizes), device)
-        save("operations", rows)
-        print(f"a training step at batch {max(args.batch_sizes)} in the profiler, slowest first:")
-        for row in rows[:OPERATIONS_SHOWN]:
-            print(f"{row['milliseconds']:>9.2f} ms {row['calls']:>4} x {row['operation']}")
-    if "scaling" in args.parts:
-        for row in measure_scaling(precision, device):
-            save("scaling", [row])
-            print("training step, batch {}: {:.4g} s, {} MiB".format(*row.values()), flush=True)
-        if args.scaling_figure:
-            figure = figures.scaling(results["scaling"], about["device"])
-            save_figure(figure, args.scaling_figure)
+        new_rows = compare(cases, args.rounds)
+        rows += new_rows
+        tqdm.write("\n".join(map(comparison_line, new_rows)))
+        if args.json:  # at once: it took minutes, and the next part may want more memory
+            write_json(args.json, {"environment": about, "rows": rows})
+    if args.figure:
+        save_figure(figures.speed(rows, about["device"]), args.figure)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Pictures of the benchmark and the ablation. Each function returns a Figure."""
 
-import math
-
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -132,29 +130,3 @@ def speed_name(row: dict) -> str:
         return row["name"]
     compiled = ", compiled" if row["side"] == "compiled" else ""
     return f"{row['name']}, {row['precision']}{compiled}"
-
-
-def scaling(rows: list[dict], title: str) -> Figure:
-    """Return speed and peak memory of a training step by batch size.
-
-    Args:
-        rows: batch_size, seconds per step and peak_memory_mib or None, as benchmark.py measured
-            them.
-        title: the hardware.
-    """
-    sizes = [row["batch_size"] for row in rows]
-    speeds = [row["batch_size"] / row["seconds"] for row in rows]
-    memory = [(row["peak_memory_mib"] or math.nan) / 1024 for row in rows]
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = zip(figure.subplots(1, 2), (speeds, memory), strict=True)
-    labels = ("training step (images/s)", "peak memory (GiB)")
-    for (axes, values), label in zip(panels, labels, strict=True):
-        axes.plot(sizes, values, color=BLUE, marker="o", markersize=4)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, sizes)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("batch size")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-    figure.suptitle(f"Training step by batch size, {title}", fontsize=10)
-    return figure
