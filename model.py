@@ -87,27 +87,24 @@ class AlexNet(nn.Module):
     def summary(self) -> str:
         """Return a table of each layer's output for one image, its parameters and multiply-adds."""
         network = copy.deepcopy(self).to("meta").eval()  # shapes without values
+        x = torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta")
         lines = [f"{'layer':<8}{'output':<16}{'parameters':>12}{'multiply-adds':>16}"]
         totals = [0, 0]
-
-        def add_line(name: str, layer: nn.Module, output: Tensor) -> None:
-            parameters = sum(parameter.numel() for parameter in layer.parameters())
-            products = 0
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):  # a weight is used once at each position
-                products = layer.weight.numel() * math.prod(output.shape[2:])
-            totals[0] += parameters
-            totals[1] += products
-            size = " x ".join(map(str, output.shape[1:]))
-            counts = [f"{count:,}" if count else "" for count in (parameters, products)]
-            lines.append(f"{name:<8}{size:<16}{counts[0]:>12}{counts[1]:>16}".rstrip())
-
         for part in (network.features, network.classifier):
             for name, layer in part.named_children():
-                if not isinstance(layer, (nn.ReLU, nn.Dropout)):
-                    layer.register_forward_hook(
-                        lambda layer, _, output, name=name: add_line(name, layer, output)
-                    )
-        network(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta"))
+                x = layer.forward(x)  # not layer(x): hooks are not for these tensors
+                if isinstance(layer, (nn.ReLU, nn.Dropout)):
+                    continue
+                parameters = sum(parameter.numel() for parameter in layer.parameters())
+                products = 0
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):  # a weight is used at each position
+                    products = layer.weight.numel() * math.prod(x.shape[2:])
+                totals[0] += parameters
+                totals[1] += products
+                size = " x ".join(map(str, x.shape[1:]))
+                counts = [f"{count:,}" if count else "" for count in (parameters, products)]
+                lines.append(f"{name:<8}{size:<16}{counts[0]:>12}{counts[1]:>16}".rstrip())
+            x = torch.flatten(x, 1)
         lines.append(f"{'total':<24}{totals[0]:>12,}{totals[1]:>16,}")
         return "\n".join(lines)
 

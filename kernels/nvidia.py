@@ -32,7 +32,7 @@ def _block(positions, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.co
 
 
 def _launch(kernel, positions: int, channels: int, block_values: int, *arguments) -> None:
-    """Runs the kernel over so many positions, in blocks of so many values for 128 threads."""
+    """Run the kernel over so many positions, in blocks of so many values for 128 threads."""
     width = triton.next_power_of_2(channels)
     height = max(1, block_values // width)
     blocks = triton.cdiv(positions, height)
@@ -48,7 +48,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 @functools.cache
 def can_run(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton can run kernels there: it needs a C compiler, and not too old a GPU.
+    """Return whether Triton can run kernels there: it needs a C compiler, and not too old a GPU.
 
     Warns once if not.
     """
