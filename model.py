@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# 55 positions of an 11x11 filter at stride 4. The paper says 224, of which the 2012 source makes 55
-# by letting the last filter reach over the edge (layer.py, modulesX); PyTorch would make 54.
+# 55 positions of an 11x11 filter at stride 4. The paper says 224: the 2012 source lets the last filter
+# reach over the edge (layer.py, modulesX). In PyTorch 224 pixels have 54 positions.
 IMAGE_SIZE = 227
 
 
@@ -47,7 +47,9 @@ class AlexNet(nn.Module):
                 relu2=nn.ReLU(),
                 norm2=LocalResponseNorm(groups=groups),
                 pool2=nn.MaxPool2d(kernel_size=3, stride=2),  # 256 x 13 x 13
-                conv3=nn.Conv2d(256, 384, kernel_size=3, padding=1),  # 384 x 13 x 13, both towers
+                conv3=nn.Conv2d(
+                    256, 384, kernel_size=3, padding=1
+                ),  # 384 x 13 x 13, sees both towers
                 relu3=nn.ReLU(),
                 conv4=nn.Conv2d(384, 384, kernel_size=3, padding=1, groups=groups),
                 relu4=nn.ReLU(),
@@ -82,7 +84,8 @@ class AlexNet(nn.Module):
         under dropout.
         """
         check_size(x)
-        return self.classifier[:-2](torch.flatten(self.features(x), 1))
+        x = torch.flatten(self.features(x), 1)
+        return self.classifier[:-2](x)  # without drop7 and fc8
 
     def summary(self) -> str:
         """Return a table of each layer's output for one image, its parameters and multiply-adds."""
@@ -92,7 +95,7 @@ class AlexNet(nn.Module):
         totals = [0, 0]
         for part in (network.features, network.classifier):
             for name, layer in part.named_children():
-                x = layer.forward(x)  # not layer(x): hooks are not for these tensors
+                x = layer.forward(x)  # not layer(x), which would call the user's hooks
                 if isinstance(layer, (nn.ReLU, nn.Dropout)):
                     continue
                 parameters = sum(parameter.numel() for parameter in layer.parameters())
@@ -196,5 +199,5 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        # In training this undoes nn.Dropout's division; in eval mode nn.Dropout does nothing.
+        # This undoes nn.Dropout's division in training. In eval mode nn.Dropout does nothing.
         return (1 - self.p) * super().forward(x)

@@ -32,9 +32,11 @@ from distributed import Processes
 from evaluate import eval_batch_size, loss_and_accuracy, predict
 from model import AlexNet
 from recipes import CHANGEABLE, Config, record, run_name
-from transforms import Augmentation, Mix, Preprocessing, training_batches
+from transforms import Augmentation, Mix, Preprocessing, stream_seed, training_batches
 from utils import (
+    PRECISIONS,
     FolderLock,
+    StopRequest,
     UserError,
     compile_network,
     count_of,
@@ -44,6 +46,7 @@ from utils import (
     log,
     peak_memory_mib,
     remove_unfinished,
+    seed_device,
     user_file,
     write_csv,
     write_json,
@@ -102,6 +105,7 @@ class Run:
         self.history: list[dict] = []
         self.best: dict | None = None  # the best network, until it is written to best.pt
         self.last_save = time.monotonic()
+        self.progress = Progress(self)
 
     # --- The epoch under way ---
 
@@ -110,25 +114,38 @@ class Run:
         """Steps done in the whole run."""
         return self.epoch * self.steps_per_epoch + self.step
 
+    @property
+    def batch_images(self) -> int:
+        """Images of the step under way, over all processes; an epoch's last batch is smaller."""
+        return self.images_done(self.step + 1) - self.images_done(self.step)
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return the rest of the epoch: this process's images [B, 3, S, S] and labels [B]."""
-        return training_batches(
+        """Yield the rest of the epoch: this process's images [B, 3, S, S] and labels [B].
+
+        Images have the precision that conv1 takes: less to mix and to copy.
+        """
+        config = self.config
+        for images, labels in training_batches(
             self.train_split,
             self.preprocessing,
             self.augmentation,
-            self.config.batch_size,
-            self.config.seed,
+            config.batch_size,
+            config.seed,
             self.epoch,
             self.step,
             self.processes.shard,
-        )
+        ):
+            yield images.to(PRECISIONS[config.precision]), labels
 
-    def network_for(self, batch_images: int) -> torch.nn.Module:
-        """Return the network to call: with --compile an epoch's last, smaller batch goes without.
+    def seed_step(self) -> None:
+        """Seed torch's generators for this step and process."""
+        position = self.global_step, self.processes.rank
+        seed_device(self.device, stream_seed(self.config.seed, "step", *position))
 
-        It would be compiled anew.
-        """
-        return self.compiled if batch_images == self.images_done(1) else self.parallel
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits; only full batches go through the compiled network."""
+        is_full = self.batch_images == self.images_done(1)  # others would be compiled anew
+        return (self.compiled if is_full else self.parallel)(images)
 
     def images_done(self, step: int) -> int:
         """Return how many images of an epoch so many steps see."""
@@ -153,11 +170,32 @@ class Run:
         correct = self.processes.all_reduce_sum(self.correct)
         return (losses @ weights).item() / images, correct.item() / images
 
-    def finish_epoch(self, lr: float, progress: "Progress") -> None:
-        """Validate, note the epoch in the run's folder and keep the network if it is the best.
+    def show_save_or_stop(self, stop: StopRequest) -> bool:
+        """Show progress and save where it is time to; return whether a stop was requested.
+
+        Processes have clocks and signals of their own, but must do the same.
+        """
+        self.progress.step()
+        self.stopped_by, save_is_due, show_is_due = self.processes.all_reduce_max(
+            stop.signal, self.is_save_due(), self.progress.is_due()
+        )
+        if show_is_due:
+            self.check_losses()
+            self.progress.show(*self.running_metrics())
+        if self.stopped_by:
+            self.progress.end_epoch()
+        elif save_is_due:
+            self.save()
+            self.progress.restart_clock()  # saving is not training
+        return bool(self.stopped_by)
+
+    def finish_epoch(self, lr: float) -> None:
+        """Validate, note the epoch in the run's folder, keep the best network, save if it is time.
 
         lr is the learning rate of the epoch's last step.
         """
+        self.check_losses()
+        self.progress.end_epoch()
         val_loss, val_accuracy, is_best = None, None, True
         if self.val_split:
             val_loss, val_accuracy = self.validate()
@@ -190,7 +228,10 @@ class Run:
             # metrics.csv last: an epoch that it has is complete, even if the run is killed here.
             write_csv(self.dir / "timing.csv", TIMING, self.history)
             write_csv(self.dir / "metrics.csv", METRICS, self.history)
-        progress.log_epoch(row)
+        self.progress.log_epoch(row)
+        [save_is_due] = self.processes.all_reduce_max(self.is_save_due())
+        if save_is_due and self.epoch < self.config.epochs:
+            self.save()
 
     def validate(self) -> tuple[float, float]:
         """Return loss and accuracy on the validation split, of which each process sees a shard."""
@@ -227,7 +268,7 @@ class Run:
         }
 
     def is_save_due(self) -> bool:
-        """Return whether the last save is longer ago than --save-every."""
+        """Return whether this process's last save is longer ago than --save-every."""
         return time.monotonic() - self.last_save > 60 * self.config.save_every
 
     def save_best(self) -> None:
@@ -360,7 +401,8 @@ class Run:
             write_json(self.dir / "config.json", content)
 
     def close(self) -> None:
-        """Let another process write to the run's folder."""
+        """Close the progress bar, and let another process write to the run's folder."""
+        self.progress.close()
         if self.lock:
             self.lock.release()
 
@@ -430,7 +472,12 @@ class Progress:
     def end_epoch(self) -> None:
         """Count what the device had still to do, and close the bar."""
         self.run.seconds += time.monotonic() - self.clock
-        self.bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar, if there is one."""
+        if self.bar is not None:
+            self.bar.close()
 
     def restart_clock(self) -> None:
         """Leave out the time since the last step."""

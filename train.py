@@ -26,10 +26,8 @@ from dataset import DEFAULT_DATA_DIR, Dataset, load_dataset, stratified_subset
 from distributed import Processes, is_connection_lost
 from model import AlexNet, init_weights
 from recipes import Config, new_config, parse_command_line, resumed_config, run_name
-from run import Progress, Run, check_output_dir
-from transforms import stream_seed
+from run import Run, check_output_dir
 from utils import (
-    PRECISIONS,
     StopRequest,
     UserError,
     autocast,
@@ -40,7 +38,6 @@ from utils import (
     keep_freed_memory,
     make_deterministic,
     run_script,
-    seed_device,
     select_precision,
     summarize_error,
     to_device,
@@ -54,54 +51,31 @@ DIVISIONS = 3  # paper §5: the learning rate was "reduced three times prior to 
 
 
 def train(run: Run, stop: StopRequest) -> None:
-    """Train until all epochs are done or a stop is requested, and save every few minutes."""
-    config, device, processes = run.config, run.device, run.processes
-    optimizer, scaler = run.optimizer, run.scaler
-    progress = Progress(run)
+    """Train until all epochs are done or a stop is requested. run.py does what surrounds a step."""
+    config, optimizer, scaler = run.config, run.optimizer, run.scaler
     while run.epoch < config.epochs:
         run.network.train()
-        progress.start_epoch()
-        for images, labels in run.batches():
-            batch_images = run.images_done(run.step + 1) - run.images_done(run.step)
+        run.progress.start_epoch()
+        for images, labels in run.batches():  # shuffled, augmented, normalized, 227x227
             for group in optimizer.param_groups:
                 group["lr"] = group["lr_factor"] * lr_at(run, run.global_step)
-            # Dropout and CutMix depend on seed, step and process: a resumed run repeats them.
-            position = run.global_step, processes.rank
-            seed_device(device, stream_seed(config.seed, "step", *position))
-            images = images.to(PRECISIONS[config.precision])  # as conv1 takes them
+            run.seed_step()  # for CutMix and dropout: a resumed run draws the same
             images, targets = run.mix(images, labels, run.global_step)
-            with autocast(device, config.precision):
-                logits = run.network_for(batch_images)(images)
-            # The mean over the whole batch, of which these images may be a process's shard.
-            loss = F.cross_entropy(logits.float(), targets, reduction="sum") / batch_images
-            # DistributedDataParallel divides gradients by world_size. Only fp16 needs a scaler.
-            scaler.scale(loss * processes.world_size).backward()
-            scaler.step(optimizer)
+            with autocast(run.device, config.precision):
+                logits = run.forward(images)
+            # The mean over the whole batch, of which several processes have a shard each.
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum") / run.batch_images
+            # DistributedDataParallel averages gradients; they must be summed.
+            scaler.scale(loss * run.processes.world_size).backward()
+            scaler.step(optimizer)  # fp16 alone has a scale, and skips a step that overflows
             scaler.update()
             optimizer.zero_grad()
             run.record_step(loss.detach(), logits.detach(), targets)
             run.step += 1
-            progress.step()
-            # Processes have clocks and signals of their own, but must do the same.
-            run.stopped_by, save_is_due, show_is_due = processes.all_reduce_max(
-                stop.signal, run.is_save_due(), progress.is_due()
-            )
-            if show_is_due:
-                run.check_losses()
-                progress.show(*run.running_metrics())
-            if run.stopped_by:
-                break
-            if save_is_due:
-                run.save()
-                progress.restart_clock()  # saving is not training
-        run.check_losses()
-        progress.end_epoch()
-        if run.stopped_by:
-            return  # an epoch that is over will be validated by whoever resumes the run
-        run.finish_epoch(lr_at(run, run.global_step - 1), progress)
-        [save_is_due] = processes.all_reduce_max(run.is_save_due())
-        if save_is_due and run.epoch < config.epochs:
-            run.save()
+            if run.show_save_or_stop(stop):
+                return
+        last_lr = lr_at(run, run.global_step - 1)
+        run.finish_epoch(last_lr)  # validate, keep the best, go on to the next epoch
 
 
 # --- Learning rate, optimizer, network ---
@@ -169,7 +143,7 @@ def make_network(config: Config, num_classes: int) -> AlexNet:
     """Return the network with the initial weights that the run's seed draws."""
     torch.manual_seed(config.seed)
     network = AlexNet(num_classes, config.groups, config.dropout)
-    if config.init != "he":  # drawn by the constructor; drawing again would change them
+    if config.init != "he":  # the constructor has drawn those
         init_weights(network, config.init)
     return network
 

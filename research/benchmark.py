@@ -165,7 +165,7 @@ def our_run(case: Case, device: torch.device) -> Run:
     run = train.make_run(Path("unused"), new_config(settings), dataset, device, Processes())
     run.quiet = True
 
-    def finish_epoch(lr: float, progress) -> None:
+    def finish_epoch(lr: float) -> None:
         run.epoch += 1
         run.step = 0
 
