@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# 55 positions of an 11x11 filter at stride 4. The paper says 224: the 2012 source lets the last filter
-# reach over the edge (layer.py, modulesX). In PyTorch 224 pixels have 54 positions.
+# 55 positions of an 11x11 filter at stride 4. The paper says 224 pixels: the 2012 source lets the
+# last filter reach over the edge (layer.py, modulesX). In PyTorch they have 54 positions.
 IMAGE_SIZE = 227
 
 
@@ -47,10 +47,8 @@ class AlexNet(nn.Module):
                 relu2=nn.ReLU(),
                 norm2=LocalResponseNorm(groups=groups),
                 pool2=nn.MaxPool2d(kernel_size=3, stride=2),  # 256 x 13 x 13
-                conv3=nn.Conv2d(
-                    256, 384, kernel_size=3, padding=1
-                ),  # 384 x 13 x 13, sees both towers
-                relu3=nn.ReLU(),
+                conv3=nn.Conv2d(256, 384, kernel_size=3, padding=1),  # over both towers
+                relu3=nn.ReLU(),  # 384 x 13 x 13
                 conv4=nn.Conv2d(384, 384, kernel_size=3, padding=1, groups=groups),
                 relu4=nn.ReLU(),
                 conv5=nn.Conv2d(384, 256, kernel_size=3, padding=1, groups=groups),
