@@ -18,9 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from dataset import DATASETS
-from model import IMAGE_SIZE, AlexNet
+from model import IMAGE_SIZE, AlexNet, LocalResponseNorm
 from transforms import ENLARGED_SIZE, Preprocessing
-from utils import PRECISIONS, UserError, atomic_write, is_out_of_memory, summarize_error, user_file
+from utils import (
+    DAMAGE_ERRORS,
+    PRECISIONS,
+    UserError,
+    atomic_write,
+    is_out_of_memory,
+    summarize_error,
+    user_file,
+)
 
 FORMAT = "alexnet-cifar10"
 FORMAT_VERSION = 2
@@ -28,24 +36,13 @@ FORMAT_VERSION = 2
 # any amount of memory out of a few bytes.
 PICKLED = {
     "collections OrderedDict",
+    "torch BoolStorage",
     "torch FloatStorage",
+    "torch IntStorage",
     "torch LongStorage",
     "torch._utils _rebuild_tensor_v2",
 }
-# What values of wrong types or sizes in a file can raise where they are used.
-DAMAGE_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 VALIDATION = {"val_loss", "val_accuracy"}
-STATE_NAMES = {  # what an optimizer keeps for each parameter
-    torch.optim.SGD: {"momentum_buffer"},
-    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
-}
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -156,9 +153,17 @@ def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
 
 
 def layer_types(network: nn.Module) -> list[str]:
-    """Return name and type of each layer, so that another activation, say, is not lost silently."""
-    modules = network.named_modules()
-    return [f"{name}: {m._get_name()}" for name, m in modules if not list(m.children())]
+    """Return name and type of each layer, and the settings of those without weights.
+
+    Another activation, dropout or pool leaves no trace in the weights.
+    """
+    lines = []
+    for name, layer in network.named_modules():
+        if not list(layer.children()):
+            has_settings = isinstance(layer, (LocalResponseNorm, nn.MaxPool2d))
+            settings = f"({layer.extra_repr()})" if has_settings else ""
+            lines.append(f"{name}: {layer._get_name()}{settings}")
+    return lines
 
 
 def check_dicts(content: dict, *names: str) -> None:
@@ -174,7 +179,7 @@ def _check_plain(*values) -> None:
         raise TypeError("a setting is not a plain value")
 
 
-def check_weights(weights: dict) -> None:
+def _check_weights(weights: dict) -> None:
     """Raise ValueError or AttributeError unless these are tensors of numbers, float32 if real."""
     for value in weights.values():
         if value.layout != torch.strided or value.is_meta or value.is_complex():
@@ -188,7 +193,7 @@ def _check_content(checkpoint: dict) -> Preprocessing:
     check_dicts(checkpoint, "model", "weights", "preprocessing", "training")
     model, training, classes = (checkpoint[name] for name in ("model", "training", "classes"))
     _check_plain(*model.values(), *training, *training.values())
-    check_weights(checkpoint["weights"])
+    _check_weights(checkpoint["weights"])
     if not isinstance(classes, list):
         raise TypeError("the classes are not a list")
     if len(classes) != model["num_classes"] or not all(map(str.isprintable, classes)):
@@ -246,35 +251,20 @@ def check_progress(
         raise ValueError("its history is not made of numbers")
 
 
-def fitting_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """Return the optimizer's state from a file, each tensor laid out in memory as its parameter.
+def copy_into(target: dict | Tensor, source: dict | Tensor) -> None:
+    """Copy tensors of a file into a run's own, which keep their device and memory layout.
 
-    The fused optimizers read that memory without looking. Raises ValueError for a state that is not
-    all that the optimizer keeps.
+    Raises one of DAMAGE_ERRORS if they are not of the same names, shapes and types.
     """
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    keeps_nothing = optimizer.defaults.get("momentum") == 0  # SGD without momentum
-    if state.keys() != set(range(0 if keeps_nothing else len(parameters))):
-        raise ValueError("the optimizer's state is not that of all parameters")
-    fitting = {}
-    for number, tensors in state.items():
-        parameter = parameters[number]
-        if not isinstance(tensors, dict) or tensors.keys() != STATE_NAMES[type(optimizer)]:
-            raise ValueError("the optimizer's state is that of another")
-        fitting[number] = {
-            name: _fitting_tensor(value, parameter.new_empty(()) if name == "step" else parameter)
-            for name, value in tensors.items()
-        }
-    return fitting
-
-
-def _fitting_tensor(value: Tensor, like: Tensor) -> Tensor:
-    """Return a copy of value with the memory layout of like; ValueError if it does not fit."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-        raise ValueError("a part of the optimizer's state is not a tensor")
-    if value.shape != like.shape or value.dtype != torch.float32:
-        raise ValueError("a part of the optimizer's state does not fit the network")
-    return torch.empty_like(like, requires_grad=False).copy_(value)
+    if isinstance(target, dict):
+        if target.keys() != source.keys():
+            raise ValueError("its parts are not those of this run")
+        for name in target:
+            copy_into(target[name], source[name])
+    elif target.shape != source.shape or target.dtype != source.dtype:
+        raise ValueError("a part of it does not fit the network")
+    else:
+        target.copy_(source)
 
 
 # --- The run's folder ---
@@ -295,14 +285,16 @@ def has_saved_run(run_dir: Path) -> bool:
     return False
 
 
-def load_run(path: Path, settings: dict, changeable: set[str]) -> dict:
+def load_run(path: Path, network: nn.Module, settings: dict, changeable: set[str]) -> dict:
     """Return the content of a last.pt. Raises UserError if it is damaged or another run's.
 
-    settings are the run's; those that are changeable may differ.
+    network and settings are the run's; settings that are changeable may differ.
     """
     content = load_checkpoint(path)
     try:
         _check_content(content)
+        if content["layers"] != layer_types(network):
+            raise ValueError("the network has other layers now")
     except DAMAGE_ERRORS as error:
         raise damaged_run(path, error) from error
     recorded = content["training"]

@@ -107,7 +107,7 @@ def stratified_subset(split: Split, size: int) -> Split:
 
 
 class _CheckedCIFAR10(CIFAR10):
-    """CIFAR10 whose files have been checked: torchvision would hash all of them for each split."""
+    """CIFAR10 without torchvision's own check, which would hash all files for each split."""
 
     def _check_integrity(self) -> bool:
         return True
@@ -147,10 +147,12 @@ def _check_data_dir(data_dir: Path) -> None:
     if data_dir == Path(DEFAULT_DATA_DIR):
         with user_file("make the folder", data_dir):
             data_dir.mkdir(exist_ok=True)
-    if not data_dir.is_dir():
-        raise UserError(f"--data-dir {data_dir} is not a folder; make it or name another")
-    folder = data_dir.resolve()
-    if folder.name == CIFAR10.base_folder and not (folder / CIFAR10.base_folder).exists():
+    with user_file("read", data_dir):
+        if not data_dir.is_dir():
+            raise UserError(f"--data-dir {data_dir} is not a folder; make it or name another")
+        folder = data_dir.resolve()
+        is_inner = not (folder / CIFAR10.base_folder).exists()
+    if folder.name == CIFAR10.base_folder and is_inner:
         raise UserError(
             f"--data-dir {data_dir} is the data's own folder; name the one that it is in: "
             f"{folder.parent}"
@@ -168,7 +170,9 @@ def _has_cifar10(data_dir: Path) -> bool:
     complete = True
     for name, md5 in _checksums().items():
         path = data_dir / CIFAR10.base_folder / name
-        if path.exists():
+        with user_file("read", path):
+            exists = path.exists()
+        if exists:
             _check_md5(path, md5)
         else:
             complete = False

@@ -77,7 +77,7 @@ class Processes:
         self._patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def disconnect(self) -> None:
-        """End together: the main process may still be writing, and torchrun ends all with one."""
+        """Wait for the others, then end: when one process exits, torchrun kills the rest."""
         if self.world_size > 1:
             self.barrier()
             dist.destroy_process_group()

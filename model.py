@@ -60,10 +60,10 @@ class AlexNet(nn.Module):
             OrderedDict(
                 fc6=nn.Linear(256 * 6 * 6, 4096),
                 relu6=nn.ReLU(),
-                drop6=Dropout(dropout),
+                drop6=PaperDropout(dropout),
                 fc7=nn.Linear(4096, 4096),
                 relu7=nn.ReLU(),
-                drop7=Dropout(dropout),
+                drop7=PaperDropout(dropout),
                 fc8=nn.Linear(4096, num_classes),
             )
         )
@@ -189,8 +189,8 @@ class LocalResponseNorm(nn.Module):
         return text if self.groups == 1 else f"{text}, groups={self.groups}"
 
 
-class Dropout(nn.Dropout):
-    """The paper's dropout (§4.2): outputs are scaled at test time, not in training.
+class PaperDropout(nn.Dropout):
+    """Dropout as in the paper (§4.2): outputs are scaled at test time, not in training.
 
     torch.nn.Dropout divides what is left by 1 - p in training. The paper keeps it as it is and
     multiplies all outputs by 1 - p at test time.

@@ -12,6 +12,7 @@ from pathlib import Path
 from dataset import DATASETS, DEFAULT_DATA_DIR, find_data_dir
 from transforms import AUGMENTATIONS, INPUTS, MIXES
 from utils import (
+    DAMAGE_ERRORS,
     PRECISIONS,
     OneLineParser,
     UserError,
@@ -28,11 +29,12 @@ from utils import (
 
 
 def _setting(group: str, default, help: str, type: type = str, **how):
+    """Return a dataclass field that holds its option: group, help, type and choices."""
     metadata = {"group": group, "help": help, "how": {"type": type, **how}}
     return field(default=default, metadata=metadata)
 
 
-data, learning, network, run = (
+_data, _learning, _network, _run = (
     partial(_setting, group) for group in ("data", "learning", "network", "run")
 )
 
@@ -44,60 +46,60 @@ class Config:
     They train the best network we know: 200 epochs of SGD with CutMix.
     """
 
-    recipe: str = learning("sgd", "sets the other defaults", choices=("sgd", "adam", "paper"))
-    optimizer: str = learning(
+    recipe: str = _learning("sgd", "sets the other defaults", choices=("sgd", "adam", "paper"))
+    optimizer: str = _learning(
         "sgd", "also chooses the recipe of that name if --recipe does not", choices=("sgd", "adam")
     )
-    epochs: int = learning(200, "passes over the training images", positive_int)
-    batch_size: int = learning(256, "images per step, over all processes", positive_int)
-    lr: float = learning(0.08, "peak learning rate", positive_float)
-    momentum: float = learning(0.9, "of SGD (paper §5)", fraction)
-    weight_decay: float = learning(5e-4, "L2 penalty (paper §5)", non_negative_float)
-    bias_lr_factor: float = learning(1.0, "biases' multiple of --lr", non_negative_float)
-    bias_decay_factor: float = learning(
+    epochs: int = _learning(200, "passes over the training images", positive_int)
+    batch_size: int = _learning(256, "images per step, over all processes", positive_int)
+    lr: float = _learning(0.08, "peak learning rate", positive_float)
+    momentum: float = _learning(0.9, "of SGD (paper §5)", fraction)
+    weight_decay: float = _learning(5e-4, "L2 penalty (paper §5)", non_negative_float)
+    bias_lr_factor: float = _learning(1.0, "biases' multiple of --lr", non_negative_float)
+    bias_decay_factor: float = _learning(
         1.0, "biases' multiple of --weight-decay", non_negative_float
     )
-    schedule: str = learning(
+    schedule: str = _learning(
         "cosine",
         "cosine: warm-up, then half a cosine to 0; plateau: divided by 10, up to three times, "
         "after 5 epochs without a new best validation accuracy (paper §5)",
         choices=("cosine", "plateau"),
     )
-    warm_up: float = learning(0.1, "part of the steps in which the rate rises", fraction)
+    warm_up: float = _learning(0.1, "part of the steps in which the rate rises", fraction)
 
-    dataset: str = data("cifar10", "shapes are drawn by the program", choices=tuple(DATASETS))
-    data_dir: str = data(DEFAULT_DATA_DIR, "folder of CIFAR-10, or to download it to")
-    train_split: str = data(
+    dataset: str = _data("cifar10", "shapes are drawn by the program", choices=tuple(DATASETS))
+    data_dir: str = _data(DEFAULT_DATA_DIR, "folder of CIFAR-10, or to download it to")
+    train_split: str = _data(
         "train", "full: train on the validation images too", choices=("train", "full")
     )
-    train_images: int | None = data(None, "train on so many images only", positive_int)
-    input: str = data(
+    train_images: int | None = _data(None, "train on so many images only", positive_int)
+    input: str = _data(
         "standardized",
         "centered: minus the mean (paper §2); standardized: also divided by the standard deviation",
         choices=INPUTS,
     )
-    augmentation: str = data(
+    augmentation: str = _data(
         "shift",
         "shift: flip, shift by up to 4 pixels; paper: flip, crop, PCA color augmentation (§4.1)",
         choices=AUGMENTATIONS,
     )
-    mix: str = data("cutmix", "cutmix: paste a rectangle of one image into another", choices=MIXES)
-    mix_probability: float = data(1.0, "probability that a batch is mixed", probability)
+    mix: str = _data("cutmix", "cutmix: paste a rectangle of one image into another", choices=MIXES)
+    mix_probability: float = _data(1.0, "probability that a batch is mixed", probability)
 
-    init: str = network(
+    init: str = _network(
         "he", "initial weights: He-normal, or those of 2012", choices=("he", "2012")
     )
-    groups: int = network(1, "2: the two towers of 2012 (paper §3.2)", int, choices=(1, 2))
-    dropout: float = network(0.5, "after fc6 and fc7 (paper §4.2)", fraction)
+    groups: int = _network(1, "2: the two towers of 2012 (paper §3.2)", int, choices=(1, 2))
+    dropout: float = _network(0.5, "after fc6 and fc7 (paper §4.2)", fraction)
 
-    seed: int = run(0, "of weights, order, augmentation and dropout", seed_number)
-    device: str = run("auto", "auto, cpu, cuda, cuda:1 or mps")
-    precision: str = run(
+    seed: int = _run(0, "of weights, order, augmentation and dropout", seed_number)
+    device: str = _run("auto", "auto, cpu, cuda, cuda:1 or mps")
+    precision: str = _run(
         "auto", "auto: 16 bits where the hardware is made for it", choices=("auto", *PRECISIONS)
     )
-    compile: bool = run(False, "let torch.compile fuse the network; for GPUs", bool)
-    deterministic: bool = run(False, "bit-identical runs on an NVIDIA GPU too; slower", bool)
-    save_every: float = run(3.0, "minutes between two saves", positive_float)
+    compile: bool = _run(False, "let torch.compile fuse the network; for GPUs", bool)
+    deterministic: bool = _run(False, "bit-identical runs on an NVIDIA GPU too; slower", bool)
+    save_every: float = _run(3.0, "minutes between two saves", positive_float)
 
 
 # What a recipe changes of the defaults.
@@ -126,7 +128,7 @@ RECIPES = {
     },
 }
 # What the data set changes of a recipe: shapes are learnt in minutes.
-SHAPES = {
+ON_SHAPES = {
     "sgd": {"epochs": 4, "batch_size": 32, "lr": 0.01, "warm_up": 0.05, "mix": "none"},
     "adam": {"epochs": 4, "batch_size": 32, "lr": 1e-4},
     "paper": {"epochs": 4, "batch_size": 32, "lr": 1e-3},
@@ -143,7 +145,7 @@ def recipe_config(overrides: dict) -> Config:
     """
     recipe = overrides.get("recipe", overrides.get("optimizer", "sgd"))
     dataset = overrides.get("dataset", "cifar10")
-    changes = {**RECIPES[recipe], **(SHAPES[recipe] if dataset == "shapes" else {})}
+    changes = {**RECIPES[recipe], **(ON_SHAPES[recipe] if dataset == "shapes" else {})}
     config = replace(Config(), recipe=recipe, dataset=dataset, **changes)
     if overrides.get("optimizer", config.optimizer) != config.optimizer:
         raise UserError(
@@ -282,18 +284,13 @@ def read_record(path: Path) -> tuple[Config, list[dict]]:
         if settings.keys() != FIELDS.keys():
             name = min(settings.keys() ^ FIELDS.keys())
             raise ValueError(f"its settings are those of another version of this program: {name}")
+        for name, value in settings.items():
+            if value is None and FIELDS[name].default is not None:
+                raise ValueError(f"it has no {name}")
         parser = make_parser(Config())
         config = replace(Config(), **vars(parser.parse_args(as_options(settings))))
         check_config(config)
-    except (
-        UserError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (UserError, *DAMAGE_ERRORS) as error:
         raise UserError(
             f"{path} is not the record of a run ({error}); restore it, or start a new run"
         ) from error
@@ -305,10 +302,10 @@ def resumed_config(run_dir: Path, overrides: dict) -> tuple[Config, list[dict]]:
 
     Raises UserError if there is no run, or for changes that would make it another experiment.
     """
-    if run_dir.is_file():
-        raise UserError(f"--resume {run_dir} is a file; name its folder, {run_dir.parent}")
     path = run_dir / "config.json"
     with user_file("read", path):
+        if run_dir.is_file():
+            raise UserError(f"--resume {run_dir} is a file; name its folder, {run_dir.parent}")
         if not path.exists():
             raise UserError(f"--resume {run_dir}: there is no run in it (no config.json)")
     config, starts = read_record(path)

@@ -3,6 +3,7 @@
 train.py has the loop; this is the bookkeeping around it.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -18,10 +19,9 @@ from tqdm import tqdm
 
 import figures
 from checkpoint import (
-    DAMAGE_ERRORS,
     check_progress,
+    copy_into,
     damaged_run,
-    fitting_state,
     has_saved_run,
     layer_types,
     load_run,
@@ -34,6 +34,7 @@ from model import AlexNet
 from recipes import CHANGEABLE, Config, record, run_name
 from transforms import Augmentation, Mix, Preprocessing, stream_seed, training_batches
 from utils import (
+    DAMAGE_ERRORS,
     PRECISIONS,
     FolderLock,
     StopRequest,
@@ -111,12 +112,12 @@ class Run:
 
     @property
     def global_step(self) -> int:
-        """Steps done in the whole run."""
+        """Return the steps done in the whole run."""
         return self.epoch * self.steps_per_epoch + self.step
 
     @property
     def batch_images(self) -> int:
-        """Images of the step under way, over all processes; an epoch's last batch is smaller."""
+        """Return the images of this step, over all processes; an epoch's last batch is smaller."""
         return self.images_done(self.step + 1) - self.images_done(self.step)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -196,14 +197,13 @@ class Run:
         """
         self.check_losses()
         self.progress.end_epoch()
+        self.check_weights()
         val_loss, val_accuracy, is_best = None, None, True
         if self.val_split:
             val_loss, val_accuracy = self.validate()
             if not math.isfinite(val_loss):
                 raise self.diverged(f"the validation loss became {val_loss}", self.step)
             is_best = all(val_accuracy > row["val_accuracy"] for row in self.history)
-        else:
-            self.check_weights()
         train_loss, train_accuracy = self.running_metrics()
         self.epoch += 1
         row = {
@@ -251,7 +251,7 @@ class Run:
     # --- Saving and resuming ---
 
     def checkpoint(self) -> dict:
-        """Return what evaluate.py needs of the network; the weights go on changing with it."""
+        """Return what evaluate.py needs; the weights are the network's own, not a copy."""
         config = self.config
         return {
             "model": {
@@ -308,7 +308,7 @@ class Run:
     def load(self) -> None:
         """Go back to where last.pt was written. Raises UserError if it does not fit the run."""
         path = self.dir / "last.pt"
-        content = load_run(path, asdict(self.config), CHANGEABLE)
+        content = load_run(path, self.network, asdict(self.config), CHANGEABLE)
         try:
             self.restore(content)
         except DAMAGE_ERRORS as error:
@@ -329,10 +329,9 @@ class Run:
         """Take what save() wrote. Raises one of DAMAGE_ERRORS for what does not fit the run."""
         validated = self.val_split is not None
         check_progress(content, self.steps_per_epoch, (*METRICS, *TIMING), validated)
-        self.network.load_state_dict(content["weights"])
-        settings = self.optimizer.state_dict()["param_groups"]
-        state = fitting_state(content["optimizer"]["state"], self.optimizer)
-        self.optimizer.load_state_dict({"state": state, "param_groups": settings})
+        with torch.no_grad():
+            copy_into(self.network.state_dict(), content["weights"])
+            copy_into(self.optimizer.state_dict()["state"], content["optimizer"]["state"])
         if content["scaler"].keys() != self.scaler.state_dict().keys():
             raise ValueError("the state of its loss scale is not complete")
         self.scaler.load_state_dict(content["scaler"])
@@ -379,13 +378,15 @@ class Run:
 
     def open_folder(self, output_dir: Path | None, resume: Path | None, starts: list) -> None:
         """Make the run's folder, or load what is in it, and keep other processes out of it."""
-        main = self.processes.broadcast_from_main
+        on_main = self.processes.broadcast_from_main
         if not resume:
-            self.dir = main(lambda: make_run_dir(self.config, output_dir))
+            self.dir = on_main(lambda: make_run_dir(self.config, output_dir))
         if self.processes.is_main:
             self.lock = FolderLock(self.dir)
+            if output_dir and not resume:
+                check_output_dir(output_dir)  # another run may have come and gone
             remove_unfinished(self.dir)
-        if resume and main(lambda: has_saved_run(self.dir)):
+        if resume and on_main(lambda: has_saved_run(self.dir)):
             self.load()
         elif resume and self.processes.is_main:
             self.log(f"{self.dir} was not saved before it ended: it begins anew")
@@ -424,19 +425,16 @@ def check_output_dir(output_dir: Path) -> None:
 def make_run_dir(config: Config, output_dir: Path | None) -> Path:
     """Make the folder for a new run: output_dir, or runs/DATASET-RECIPE with a number if taken."""
     name = f"{config.dataset}-{config.recipe}"
-    names = (
-        [output_dir]
-        if output_dir
-        else (Path("runs", name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
-    )
-    for run_dir in names:
-        try:
-            with user_file("make the folder", run_dir):
-                run_dir.mkdir(parents=True, exist_ok=run_dir == output_dir)
-            return run_dir
-        except UserError as error:
-            if output_dir or not isinstance(error.__cause__, FileExistsError):
-                raise
+    with user_file("make the folder", output_dir or f"runs/{name}"):
+        if output_dir:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            return output_dir
+        Path("runs").mkdir(exist_ok=True)
+        for i in itertools.count(1):
+            run_dir = Path("runs", name if i == 1 else f"{name}-{i}")
+            with contextlib.suppress(FileExistsError):
+                run_dir.mkdir()
+                return run_dir
 
 
 # --- Progress ---
@@ -470,7 +468,7 @@ class Progress:
         self.restart_clock()
 
     def end_epoch(self) -> None:
-        """Count what the device had still to do, and close the bar."""
+        """Add the time that the device needed to finish its steps, and close the bar."""
         self.run.seconds += time.monotonic() - self.clock
         self.close()
 

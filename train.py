@@ -134,9 +134,21 @@ def make_optimizer(network: AlexNet, config: Config) -> torch.optim.Optimizer:
         groups.append(biases)
     settings = {"lr": config.lr, "weight_decay": config.weight_decay}
     settings["fused"] = True  # one operation for all weights
+    # The state exists from the start: a run that is resumed is copied into it, and fused SGD would
+    # take uninitialized memory for it after a first step that fp16 skips.
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups, **settings)
-    return torch.optim.SGD(groups, momentum=config.momentum, **settings)
+        optimizer = torch.optim.Adam(groups, **settings)
+        names = ("exp_avg", "exp_avg_sq")
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum, **settings)
+        names = ("momentum_buffer",) if config.momentum else ()
+    for parameter in parameters:
+        state = {name: torch.zeros_like(parameter) for name in names}
+        if config.optimizer == "adam":
+            state["step"] = parameter.new_zeros(())
+        if state:
+            optimizer.state[parameter] = state
+    return optimizer
 
 
 def make_network(config: Config, num_classes: int) -> AlexNet:
@@ -160,16 +172,18 @@ def prepare(overrides: dict, processes: Processes) -> Run:
     processes.connect()
     # torchrun repeats the command that made the run. The main process decides for all: machines
     # may see a change in a shared folder at different times.
-    main = processes.broadcast_from_main
+    on_main = processes.broadcast_from_main
     if processes.max_restarts and output_dir:
-        resume = output_dir if main(lambda: (output_dir / "config.json").exists()) else None
-    config, starts = resumed_config(resume, settings) if resume else (new_config(settings), [])
+        resume = output_dir if on_main(lambda: (output_dir / "config.json").exists()) else None
+    config, starts = on_main(
+        lambda: resumed_config(resume, settings) if resume else (new_config(settings), [])
+    )
     check_shards(config, processes)
     if output_dir and not resume:
-        main(lambda: check_output_dir(output_dir))
+        on_main(lambda: check_output_dir(output_dir))
     device = processes.select_device(config.device)
     # Machines may differ.
-    precision = main(lambda: select_precision(config.precision, device))
+    precision = on_main(lambda: select_precision(config.precision, device))
     config = replace(config, precision=precision)
     if config.deterministic:
         make_deterministic(device)

@@ -35,6 +35,15 @@ except ModuleNotFoundError as error:
     kernels = None
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What values of wrong types or sizes in a file can raise where they are used.
+DAMAGE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 UNFINISHED = ".unfinished-"  # begins a file's name until it is complete
 
 
@@ -108,7 +117,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def log(text: str) -> None:
-    """Print a line at once. A closed pipe or terminal drops it: StopRequest gets a signal."""
+    """Print a line at once. If the pipe or terminal is closed, drop it: a signal stops the run."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -207,10 +216,11 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def output_file(text: str) -> Path:
     """Return the path of a file that can be written; an argparse type."""
     path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
-    if path.exists() and not path.is_file():
-        raise argparse.ArgumentTypeError(f"{path} is not a file")
+    with user_file("write", path):
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
+        if path.exists() and not path.is_file():
+            raise argparse.ArgumentTypeError(f"{path} is not a file")
     return path
 
 

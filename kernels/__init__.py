@@ -49,7 +49,8 @@ class FastLocalResponseNorm(_Fast, LocalResponseNorm):
     """LocalResponseNorm in Triton on an NVIDIA GPU, in cache-sized parts on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _has_kernel(x) and 0 < x.shape[1] // self.groups <= nvidia.MAX_CHANNELS:
+        channels, rest = divmod(x.shape[1], self.groups)
+        if _has_kernel(x) and not rest and 0 < channels <= nvidia.MAX_CHANNELS:
             return nvidia.local_response_norm(
                 x, self.size, self.alpha, self.beta, self.k, self.groups
             )

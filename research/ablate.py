@@ -20,7 +20,7 @@ import train
 from dataset import DATASETS, DEFAULT_DATA_DIR, Dataset
 from distributed import Processes
 from figures import save_figure
-from model import AlexNet, Dropout, LocalResponseNorm
+from model import AlexNet, LocalResponseNorm, PaperDropout
 from research import figures
 from run import DivergedError, Run
 from utils import (
@@ -77,7 +77,7 @@ def pool_2x2(network: AlexNet) -> None:
 
 
 def invert_dropout(network: AlexNet) -> None:
-    replace_layers(network, Dropout, lambda layer: nn.Dropout(layer.p))
+    replace_layers(network, PaperDropout, lambda layer: nn.Dropout(layer.p))
 
 
 class Idea(NamedTuple):
