@@ -282,7 +282,7 @@ def log_result(run: Run) -> None:
     run.log(
         f"finished {count_of(run.epoch, 'epoch')} in {duration(seconds)} of training: {result}\n"
         f"look at the curves in {run.dir / 'curves.png'}\n"
-        f"evaluate it with: {command_line(*arguments)}"
+        f"evaluate it with: {command_line(*arguments, alone=True)}"
     )
 
 

@@ -224,13 +224,14 @@ def output_file(text: str) -> Path:
     return path
 
 
-def command_line(*arguments: str | Path) -> str:
+def command_line(*arguments: str | Path, alone: bool = False) -> str:
     """Return a command for the user's shell: python, or torchrun if this program was started so.
 
     Of torchrun's options it has the number of processes per machine; the others are not known.
+    alone: it is a program of one process.
     """
     launcher = ["python"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ and not alone:
         launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join
     return join([*launcher, *map(str, arguments)])

@@ -22,7 +22,7 @@ from distributed import Processes
 from figures import save_figure
 from model import AlexNet, LocalResponseNorm, PaperDropout
 from research import figures
-from run import DivergedError, Run
+from run import DivergedError, Run, check_output_dir
 from utils import (
     FolderLock,
     OneLineParser,
@@ -160,20 +160,20 @@ def outcome(run_dir: Path, epochs: int) -> str:
     return "finished" if len(read_csv(run_dir / "metrics.csv")) == epochs else ""
 
 
-def claim_folder(folder: Path, config: recipes.Config) -> None:
-    """Record in a folder what its runs have in common. Raises UserError if it has other runs."""
+def earlier_starts(folder: Path, config: recipes.Config) -> list[dict]:
+    """Return the starts that a folder records. Raises UserError if it has other runs."""
     path = folder / "ablation.json"
-    names, starts = finished_names(folder), []
-    if names and path.name not in names:
+    if not folder.exists() or not finished_names(folder):
+        check_output_dir(folder)
+        return []
+    names = finished_names(folder)
+    if path.name not in names:
         raise UserError(f"--output-dir {folder} is not empty; name another folder")
-    if names:
-        found, starts = recipes.read_record(path)
-        compared = recipes.FIELDS.keys() - recipes.CHANGEABLE | {"epochs"}
-        if any(getattr(found, name) != getattr(config, name) for name in compared):
-            raise UserError(f"{path} has other settings; repeat those or name another --output-dir")
-    start = environment(select_device(config.device))
-    start["command"] = command_line("-m", "research.ablate", *sys.argv[1:])
-    write_json(path, recipes.record(config, [*starts, start]))
+    found, starts = recipes.read_record(path)
+    compared = recipes.FIELDS.keys() - recipes.CHANGEABLE | {"epochs"}
+    if any(getattr(found, name) != getattr(config, name) for name in compared):
+        raise UserError(f"{path} has other settings; repeat those or name another --output-dir")
+    return starts
 
 
 # --- Results ---
@@ -267,9 +267,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train_all(args: argparse.Namespace, config: recipes.Config) -> int:
+def train_all(args: argparse.Namespace, config: recipes.Config, dataset: Dataset) -> int:
     """Train what is not over yet, with a report after each run. Returns the exit code."""
-    dataset = train.load_data(config, Processes())
     stop = StopRequest()
     # Seed by seed, so that a comparison of everything comes early.
     runs = [(variant, seed) for seed in range(args.seeds) for variant in [BASE, *args.only]]
@@ -290,12 +289,17 @@ def main() -> int:
     args = parse_arguments()
     keep_freed_memory()
     config = base_config(args)
+    with user_file("use the folder", args.output_dir):
+        starts = earlier_starts(args.output_dir, config)
+    dataset = train.load_data(config, Processes())
+    start = environment(select_device(config.device))
+    start["command"] = command_line("-m", "research.ablate", *sys.argv[1:])
     with user_file("make the folder", args.output_dir):
         args.output_dir.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(args.output_dir)
     try:
-        claim_folder(args.output_dir, config)
-        return train_all(args, config)
+        write_json(args.output_dir / "ablation.json", recipes.record(config, [*starts, start]))
+        return train_all(args, config, dataset)
     finally:
         lock.release()
 

@@ -17,13 +17,17 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import tiny as tiny_module
 
+import figures
 import train
+from checkpoint import layer_types
 from dataset import SHAPES
 from recipes import new_config
+from run import Run
 from utils import run_script
 
 ROOT = Path(__file__).parent.parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+TIMES = {"seconds", "images_per_second", "peak_memory_mib"}  # which no two runs share
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
@@ -73,11 +77,11 @@ def read_rows(path):
 
 
 def same(a, b):
-    """Return whether two checkpoints' contents are equal to the bit."""
+    """Return whether two checkpoints' contents are equal to the bit, but for times and memory."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a.keys() - TIMES)
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
@@ -98,9 +102,10 @@ def tiny(signal_handlers, monkeypatch, tmp_path):
     """Run train.py or evaluate.py in this process, tiny, in tmp_path; return the exit code.
 
     tiny("--epochs", 2), tiny("runs/a/best.pt", script=evaluate): 40 training images of shapes, a
-    network of 67x67 pixels (tests/tiny.py).
+    network of 67x67 pixels (tests/tiny.py), curves that are empty, as drawing them takes longest.
     """
     tiny_module.shrink(monkeypatch.setattr)
+    monkeypatch.setattr(figures, "learning_curves", lambda *_: figures.Figure())
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments, script=train):
@@ -112,10 +117,26 @@ def tiny(signal_handlers, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments, *device])
         with pytest.raises(SystemExit) as stopped:
             run_script(script.main)
-        return stopped.value.code
+        return stopped.value.code or 0
 
     yield call
     torch.use_deterministic_algorithms(False)  # which --deterministic switched on
+
+
+@pytest.fixture
+def after_step(monkeypatch):
+    """Have a function called after each step of a run, as Run.record_step() is."""
+
+    def register(function):
+        record_step = Run.record_step
+
+        def record_and_call(self, loss, logits, targets):
+            record_step(self, loss, logits, targets)
+            function(self, loss, logits, targets)
+
+        monkeypatch.setattr(Run, "record_step", record_and_call)
+
+    return register
 
 
 @pytest.fixture
@@ -133,6 +154,7 @@ def content(tiny):
     size = tiny_module.IMAGE_SIZE
     return {
         "model": {"num_classes": 10, "groups": 1, "dropout": 0.5},
+        "layers": layer_types(network),
         "weights": network.state_dict(),
         "classes": list(SHAPES),
         "preprocessing": {

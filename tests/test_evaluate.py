@@ -1,278 +1,256 @@
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, run_python
+import torch.nn.functional as F
+from tiny import TinyAlexNet
 from torch import nn
 
-import dataset
 import evaluate
+import utils
 from checkpoint import load_network, save_checkpoint
-from dataset import Preprocessing, Split, draw_shapes
-from evaluate import (
-    first_network,
-    predict,
-    predict_ten_views,
-    summarise,
-    wilson_interval,
-)
-from model import AlexNet, LocalResponseNorm
-from utils import run_script
-
-# --- Numbers ------------------------------------------------------------------------------------
+from dataset import Dataset, Split, draw_shapes
+from evaluate import calibration, draw_figures, predict, predict_ten_crops, summarize
+from predict import Classifier
+from transforms import Preprocessing
 
 
-@pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
-    # Newcombe, Statistics in Medicine 17 (1998), Table I, method 3.
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson_interval_equals_published_values(correct, total, low, high):
-    np.testing.assert_allclose(wilson_interval(correct, total), (low, high), atol=5e-5)
-
-
-def test_wilson_interval_stays_in_range():
-    assert wilson_interval(10, 10)[1] == 1.0
-    assert wilson_interval(0, 10)[0] == 0.0
-
-
-def test_calibration_error_counted_by_hand():
-    """Of 4 images 2 are given with 95%, both right, and 2 with 55%, one of them right."""
-    odds = torch.tensor([0.95, 0.95, 0.55, 0.55])
-    logits = torch.stack([odds, 1 - odds], 1).log()
-    error, bins = evaluate.calibration(logits, torch.tensor([0, 0, 0, 1]))
-    assert error == pytest.approx(0.5 * (1 - 0.95) + 0.5 * (0.55 - 0.5))
-    filled = {round(row["low"] * 15): row for row in bins if row["images"]}
-    assert filled.keys() == {8, 14}  # fifteenths: 0.533 to 0.6, 0.933 to 1
-    assert (filled[8]["images"], filled[8]["accuracy"]) == (2, 0.5)
-    assert filled[14]["confidence"] == pytest.approx(0.95)
-
-
-def test_mistakes_are_the_most_confident_first():
-    probabilities = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])
-    places = evaluate.most_confident_mistakes(probabilities, torch.tensor([0, 1, 0, 1]), 5)
-    assert places.tolist() == [2, 1]
-
-
-def test_neighbours_have_the_nearest_features(monkeypatch):
-    """By features that are an image's mean, which can be told by eye."""
-    images = torch.tensor([0, 90, 50, 10, 54, 56, 200, 47]).to(torch.uint8)
-    train = Split(images.view(-1, 1, 1, 1).expand(-1, 3, 32, 32), torch.zeros(8).long())
-    query = Split(torch.full((1, 3, 32, 32), 51, dtype=torch.uint8), torch.zeros(1).long())
-    monkeypatch.setattr(
-        evaluate, "predict_features", lambda network, images, *_: images.float().mean((2, 3))
-    )
-    data = dataset.Dataset(["cat"], train, train, train)
-    figure = evaluate.draw_neighbours(None, None, "fp32", data, query)
-    drawn = [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes]
-    assert drawn == [51, 50, 54, 47, 56, 90, 10]
-
-
-def test_normalisation_factors_are_those_of_the_formula():
-    """With a window of one channel each activation a is multiplied by (2 + a^2)^-0.75."""
-    network, images = AlexNet().eval(), draw_shapes().test.images[:2]
-    network.norm1 = LocalResponseNorm(size=1, alpha=1.0)
-    preprocessing = Preprocessing.of(images)
-    factors = evaluate.normalisation_factors(network, preprocessing, images)
-    with torch.no_grad():
-        a = network.conv1(next(dataset.plain_batches(images, preprocessing, 2))).relu().double()
-    expected = (2 + a[a > 0] ** 2) ** -0.75
-    found = factors["norm1"].double()
-    torch.testing.assert_close(found.sort().values, expected.sort().values, rtol=1e-5, atol=0)
-    # norm2 is the network's own, which small activations leave at rest.
-    assert factors["norm2"].mean().item() == pytest.approx(2**-0.75, rel=1e-3)
-
-
-@pytest.mark.parametrize("init", ["he", "2012"])
-def test_first_network_is_the_one_that_training_began_with(tiny, init):
-    """The learning rate is so low that nothing but biases of 0 moves."""
-    options = ("--init", init, "--seed", 7, "--groups", 2, "--lr", 1e-30, "--epochs", 1)
-    assert tiny(*options, "--output-dir", "run") == 0
-    network, _, checkpoint = load_network(Path("run/best.pt"))
-    first = first_network(checkpoint)
-    for name, weight in network.named_parameters():
-        torch.testing.assert_close(first.get_parameter(name), weight, rtol=0, atol=1e-25)
-    checkpoint["training"]["seed"] = 8
-    assert not torch.equal(first_network(checkpoint).conv1.weight, network.conv1.weight)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("seed", -1), ("seed", 2**64), ("seed", "0"), ("init", "x")]
-)
-def test_first_network_that_is_not_told(name, value):
-    checkpoint = {"training": {"seed": 0, name: value}, "model": {"num_classes": 10}}
-    assert first_network(checkpoint) is None
-
-
-def test_summary_of_a_case_counted_by_hand():
-    predicted = torch.tensor([0, 1, 1, 2, 0, 1, 1, 2])
-    labels = torch.tensor([0, 0, 1, 2, 2, 2, 2, 2])
-    logits = 9 * torch.eye(3)[predicted]
-    summary = summarise(logits, Split(torch.empty(8), labels), CLASSES)
-    assert summary["confusion_matrix"] == [[1, 1, 0], [0, 1, 0], [1, 2, 2]]
-    assert summary["accuracy"] == 0.5
-    assert [row["accuracy"] for row in summary["per_class"]] == [1 / 2, 1, 2 / 5]
-    assert [row["images"] for row in summary["per_class"]] == [2, 1, 5]
-    # Where a share p of right answers would be 1.96 deviations from 1/2, 1/1 and 4/8.
-    assert summary["per_class"][0]["interval_95"] == pytest.approx((0.0945, 0.9055), abs=1e-4)
-    assert summary["per_class"][1]["interval_95"] == pytest.approx((0.2065, 1), abs=1e-4)
-    assert summary["interval_95"] == pytest.approx((0.2152, 0.7848), abs=1e-4)
-    first, *others = ((p["class"], p["taken_for"], p["images"]) for p in summary["most_confused"])
-    assert first == ("c", "b", 2)
-    assert set(others) == {("a", "b", 1), ("c", "a", 1)}
-    # Right answers cost log(1 + 2 e^-9), wrong ones 9 more.
-    assert summary["loss"] == pytest.approx(np.log(1 + 2 * np.exp(-9)) + 4.5, rel=1e-5)
-
-
-def test_pictures_stand_over_their_own_captions(monkeypatch):
-    images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 32, 32)
-    split = Split(images, torch.tensor([0, 1, 2]))
-    monkeypatch.setattr(evaluate.figures, "likeliest", lambda *drawn: drawn)
-    pictures, captions, results = evaluate.draw_predictions(
-        split, torch.eye(3), CLASSES, torch.tensor([2, 0])
-    )
-    assert [picture[0, 0, 0].item() for picture in pictures] == [2, 0]
-    assert captions == ["labelled c", "labelled a"]
-    assert [result[0]["class"] for result in results] == ["c", "a"]
-    assert all(result[0]["right"] for result in results)
-
-
-def test_prediction_does_not_depend_on_the_batches(content, monkeypatch):
-    network = AlexNet(num_classes=3)
+@pytest.fixture
+def network(content):
+    network = TinyAlexNet()
     network.load_state_dict(content["weights"])
+    return network
+
+
+def plain_input(images, preprocessing, size):
+    """Return what a network is to see of uint8 images, in float64."""
+    mean, std = (
+        torch.tensor(each, dtype=torch.float64).view(3, 1, 1)
+        for each in (preprocessing.mean, preprocessing.std)
+    )
+    return F.interpolate((images - mean) / std, size, mode="bilinear")
+
+
+def test_predictions_are_the_plain_networks_for_each_image_in_order(network, content):
     preprocessing = Preprocessing(**content["preprocessing"])
     images = draw_shapes().val.images[:7]
-    at_once = predict(network, images, preprocessing, "fp32")
-    monkeypatch.setattr(evaluate, "BATCH_SIZE", 3)
-    in_parts = predict(network, images, preprocessing, "fp32")
-    torch.testing.assert_close(in_parts, at_once, rtol=1e-4, atol=1e-5)
-    plain = nn.functional.interpolate((images.float() - 120) / 60, 227, mode="bilinear")
-    with torch.no_grad():
-        torch.testing.assert_close(at_once, network.eval()(plain), rtol=1e-3, atol=1e-4)
+    network.train()  # predict() is to end training's dropout
+    logits = predict(network, images, preprocessing, "fp32", batch_size=3)
+    embeddings = evaluate.embed(network, images, preprocessing, "fp32", batch_size=3)
+    assert min(logits.std(0).max(), embeddings.std(0).max()) > 0.1  # images differ
+    plain = network.double()
+    for i in range(len(images)):
+        x = plain.features(plain_input(images[i : i + 1], preprocessing, 67)).flatten(1)
+        fc7 = F.relu(plain.classifier.fc7(0.5 * F.relu(plain.classifier.fc6(x))))
+        expected = plain.classifier.fc8(0.5 * fc7)
+        torch.testing.assert_close(logits[i].double(), expected[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(embeddings[i].double(), fc7[0], rtol=1e-4, atol=1e-4)
 
 
-def test_ten_views_are_averaged_after_the_softmax(content):
-    """§4.1; crops cut from the enlarged images, probabilities averaged in float64."""
-    network = AlexNet(num_classes=3)
-    network.load_state_dict(content["weights"])
-    nn.init.normal_(network.fc8.weight, std=0.1)  # probabilities that differ from view to view
-    preprocessing = Preprocessing(**content["preprocessing"])
-    images = draw_shapes().val.images[:3]
-    ours = predict_ten_views(network, images, preprocessing, "fp32")
-    enlarged = nn.functional.interpolate((images.float() - 120) / 60, 256, mode="bilinear")
+def test_ten_crops_are_the_mean_of_ten_softmaxes():
+    """With a network whose probabilities differ from crop to crop (paper §4.1)."""
+    layers = nn.Conv2d(3, 10, 11, 4), nn.ReLU(), nn.Flatten(), nn.Linear(10 * 55 * 55, 10)
+    network = nn.Sequential(*layers)
+    nn.init.normal_(network[3].weight, std=0.05)
+    preprocessing = Preprocessing([120.0, 110.0, 100.0], [60.0, 50.0, 40.0])
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    ours = predict_ten_crops(network, images, preprocessing, "fp32")
+    enlarged, network = plain_input(images, preprocessing, 256), network.double()
     probabilities = []
     for top, left in ((0, 0), (0, 29), (29, 0), (29, 29), (14, 14)):
         crop = enlarged[:, :, top : top + 227, left : left + 227]
-        with torch.no_grad():
-            both = network.eval()(crop), network(crop.flip(3))
-        probabilities += [logits.double().softmax(1) for logits in both]
-    assert torch.stack(probabilities).std(0).max() > 0.01
+        probabilities += [network(view).softmax(1) for view in (crop, crop.flip(3))]
+    assert torch.stack(probabilities).std(0).max() > 0.05
     expected = torch.stack(probabilities).mean(0)
     torch.testing.assert_close(ours.double().exp(), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_ten_views_beside_one(tmp_path, monkeypatch, capsys, content):
-    """The network is replaced by one that is right on the left views and undecided elsewhere."""
-    split = Split(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 2]))
-    data = dataset.Dataset(CLASSES, split, split, split)
+# Newcombe, Statistics in Medicine 17 (1998), Table I, method 3.
+NEWCOMBE = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]
 
-    def predict(network, images, preprocessing, precision, view=None):
-        sees = view is not None and view[0, 2] < 0
-        return torch.eye(3) * (9.0 if sees else 0.0)
 
-    monkeypatch.setattr(evaluate, "load_dataset", lambda *_: data)
-    monkeypatch.setattr(evaluate, "predict", predict)
-    save_checkpoint(tmp_path / "best.pt", content)
-    options = ["--views", "10", "--json", str(tmp_path / "out.json"), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "best.pt"), *options])
-    evaluate.main()
-    record = json.loads((tmp_path / "out.json").read_text())
-    assert record["loss"] == pytest.approx(np.log(3), rel=1e-6)
-    assert record["ten_views"]["accuracy"] == 1.0
-    # The centre begins at 14 of 29 pixels, on the left; so do two of four corners, and mirrors.
-    right = 6 * np.exp(9) / (np.exp(9) + 2) + 4 / 3
-    assert record["ten_views"]["loss"] == pytest.approx(-np.log(right / 10), rel=1e-6)
+@pytest.mark.parametrize(("correct", "total", "low", "high"), [*NEWCOMBE, (1, 29, 0.0061, 0.1718)])
+def test_wilson_interval_has_the_published_values(correct, total, low, high):
+    assert evaluate.wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
+    mirrored = evaluate.wilson_interval(total - correct, total)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
+    assert 0 <= mirrored[0] <= mirrored[1] <= 1
+
+
+def test_calibration_error_is_the_formula_over_fifteen_bins():
+    """Guo et al. 2017, eq. 3, in float64."""
+    logits, labels = 2 * torch.randn(200, 4), torch.randint(0, 4, (200,))
+    error, bins = calibration(logits, labels)
+    exponentials = np.exp(logits.numpy().astype(np.float64))
+    confidence = exponentials.max(1) / exponentials.sum(1)
+    correct = exponentials.argmax(1) == labels.numpy()
+    expected = 0.0
+    for i, row in enumerate(bins):
+        chosen = (confidence > i / 15) & (confidence <= (i + 1) / 15)
+        assert row["images"] == chosen.sum()
+        if chosen.any():
+            pair = correct[chosen].mean(), confidence[chosen].mean()
+            assert (row["accuracy"], row["confidence"]) == pytest.approx(pair)
+            expected += chosen.sum() / 200 * abs(pair[0] - pair[1])
+    assert (len(bins), bins[0]["accuracy"]) == (15, None)
+    assert error == pytest.approx(expected)
+
+
+def test_summary_of_a_case_counted_by_hand():
+    """Class d has no images."""
+    predicted = torch.tensor([0, 1, 1, 2, 0, 1, 1, 2])
+    labels = torch.tensor([0, 0, 1, 2, 2, 2, 2, 2])
+    summary = summarize(9 * torch.eye(4)[predicted], labels, list("abcd"))
+    assert summary["confusion_matrix"] == [[1, 1, 0, 0], [0, 1, 0, 0], [1, 2, 2, 0], [0, 0, 0, 0]]
+    assert (summary["images"], summary["accuracy"]) == (8, 0.5)
+    rows = [(row["class"], row["images"], row["accuracy"]) for row in summary["per_class"]]
+    assert rows == [("a", 2, 1 / 2), ("b", 1, 1), ("c", 5, 2 / 5)]
+    # Where a proportion p of correct answers would be 1.96 deviations from 4 / 8.
+    assert summary["interval_95"] == pytest.approx((0.2152, 0.7848), abs=1e-4)
+    first, *others = [tuple(pair.values()) for pair in summary["most_confused"]]
+    assert (first, set(others)) == (("c", "b", 2), {("a", "b", 1), ("c", "a", 1)})
+    # Correct predictions cost log(1 + 3 e^-9), wrong ones 9 more.
+    assert summary["loss"] == pytest.approx(np.log(1 + 3 * np.exp(-9)) + 4.5, rel=1e-5)
+
+
+def test_one_view_and_ten_are_printed_side_by_side(capsys):
+    views = [
+        {"accuracy": 0.5, "interval_95": (0.4, 0.61), "loss": 1.25, "calibration_error": 0.02},
+        {"accuracy": 0.75, "interval_95": (0.7, 0.8), "loss": 1.0, "calibration_error": 0.1},
+    ]
+    evaluate.print_summary(*views)
+    lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:4] == [
+        ["", "one view", "ten views"],
+        ["top-1 accuracy", "50.00% (40.00% to 61.00%)", "75.00% (70.00% to 80.00%)"],
+        ["cross-entropy", "1.2500", "1.0000"],
+        ["calibration error", "2.00 points", "10.00 points"],
+    ]
+    evaluate.print_summary(views[0])
+    again = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert again[:3] == [line[:2] for line in lines[1:4]]
+
+
+def first_values(figure):
+    """Return the first value of each image in a figure."""
+    return [np.asarray(axes.images[0].get_array()).flat[0] for axes in figure.axes if axes.images]
+
+
+def test_figures_show_first_images_worst_errors_and_nearest_neighbors(network, monkeypatch):
+    """Every pixel of image i has the value i, and so has its embedding."""
+    images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 32, 32)
+    split = Split(images, torch.tensor([1, 1, 0, 2, 0, 2, 1, 0]))
+    probabilities = torch.full((8, 3), 0.01)
+    predicted, confidence = [1, 0, 0, 0, 1, 2, 1, 2], [0.9, 0.6, 0.9, 0.8, 0.7, 0.9, 0.9, 0.5]
+    probabilities[range(8), predicted] = torch.tensor(confidence)
+    preprocessing = Preprocessing([4.0] * 3, [2.0] * 3, 67, 67)
+    monkeypatch.setattr(network, "embed", lambda x: x.mean((2, 3)))
+    order = [7, 0, 4, 1, 5, 2, 6]
+    dataset = Dataset(list("abc"), Split(3 * images[order], split.labels[order]), split, split)
+    summary = summarize(probabilities.log(), split.labels, dataset.classes)
+    arguments = (preprocessing, "fp32", dataset, split, probabilities.log(), summary)
+    drawn = draw_figures(network, *arguments)
+    assert first_values(drawn["predictions"]) == [2, 0, 3]  # the first of each class
+    titles = [axes.get_title() for axes in drawn["predictions"].axes if axes.images]
+    assert titles == ["labeled a", "labeled b", "labeled c"]
+    assert first_values(drawn["errors"]) == [3, 4, 1, 7]  # the most confident first
+    assert first_values(drawn["neighbors"])[:7] == [2, 3, 0, 6, 12, 15, 18]
+
+
+def test_network_with_replaced_layers_is_evaluated_and_drawn(network, content):
+    """What was replaced has no figure."""
+    network.features.conv1 = nn.Sequential(network.features.conv1)
+    network.features.norm1 = nn.BatchNorm2d(12)
+    network.features.norm2 = nn.Identity()
+    network.classifier.fc8 = nn.Linear(64, 5)
+    preprocessing, shapes = Preprocessing(**content["preprocessing"]), draw_shapes()
+    few = [part.select(part.labels < 5) for part in (shapes.train, shapes.val, shapes.test)]
+    dataset = Dataset(shapes.classes[:5], *few)
+    logits = predict(network, dataset.test.images, preprocessing, "fp32")
+    summary = summarize(logits, dataset.test.labels, dataset.classes)
+    arguments = (preprocessing, "fp32", dataset, dataset.test, logits, summary)
+    drawn = draw_figures(network, *arguments)
+    names = {"predictions", "errors", "neighbors", "classes", "reliability", "feature-maps"}
+    assert drawn.keys() == names  # neither filters nor normalization
+    assert "relu1\n12 x 15 x 15" in [axes.get_ylabel() for axes in drawn["feature-maps"].axes]
+
+
+def test_script_reports_records_and_draws_all_of_it(tiny, tiny_run, capsys):
+    capsys.readouterr()
+    options = ("--views", 10, "--figures", "--json", "out.json", "--precision", "fp32")
+    assert tiny(tiny_run / "best.pt", *options, script=evaluate) == 0
     out = capsys.readouterr().out
-    assert re.search(r"one view +ten views", out)
-    assert re.search(rf"cross-entropy +{np.log(3):.4f} +{-np.log(right / 10):.4f}", out)
-
-
-# --- The script ---------------------------------------------------------------------------------
-
-
-def test_evaluation_of_a_trained_checkpoint(trained_run):
-    folder, _ = trained_run
-    run_dir = folder / "runs" / "shapes-adam"
-    done = run_python("evaluate.py", run_dir / "best.pt", "--json", "out.json", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    record = json.loads((folder / "out.json").read_text())
-    assert record["split"] == "test"
-    assert record["images"] == 1000
+    record = json.loads(Path("out.json").read_text())
+    network, preprocessing, checkpoint = load_network(tiny_run / "best.pt")
+    test = draw_shapes().test
+    logits = network.double()(plain_input(test.images, preprocessing, 67))
+    correct = int((logits.argmax(1) == test.labels).sum())
+    assert record["loss"] == pytest.approx(F.cross_entropy(logits, test.labels).item(), rel=1e-4)
     matrix = np.array(record["confusion_matrix"])
-    assert matrix.sum(axis=1).tolist() == [100] * 10
-    assert record["accuracy"] == pytest.approx(np.trace(matrix) / 1000)
-    # Wilson's interval holds the shares that lie 1.96 of their own deviations from what was seen.
-    for share in record["interval_95"]:
-        distance = abs(share - record["accuracy"]) / (share * (1 - share) / 1000) ** 0.5
-        assert distance == pytest.approx(1.96, abs=0.001)
-    for word in ("top-1 accuracy", "cross-entropy", "checkerboard", "most confused"):
-        assert word in done.stdout
-    assert (run_dir / "best-confusion-test.png").read_bytes().startswith(b"\x89PNG")
+    assert (matrix.sum(1).tolist(), np.trace(matrix)) == ([2] * 10, correct)
+    known = {"dataset": "shapes", "split": "test", "images": 20, "precision": "fp32"}
+    known |= {"checkpoint": str(tiny_run / "best.pt"), "epoch": checkpoint["epoch"]}
+    known |= {"training": json.loads((tiny_run / "config.json").read_text())["settings"]}
+    assert {**known, "accuracy": correct / 20}.items() <= record.items()
+    assert record["ten_views"].keys() < record.keys()
+    assert "evaluate.py" in record["environment"]["command"]
+    assert {"torch", "git_commit", "device"} <= record["environment"].keys()
+    for text in ("one view", f"{correct / 20:.2%}", "checkerboard", "2 epochs", "20 images"):
+        assert text in out
+    names = "confusion predictions errors neighbors classes reliability filters feature-maps"
+    written = {path.name for path in tiny_run.glob("best-*.png")}
+    assert written == {f"best-{name}-test.png" for name in (*names.split(), "normalization")}
+    assert all(f"wrote {tiny_run / name}" in out for name in written)
 
 
-def test_last_checkpoint_can_be_evaluated_too(trained_run):
-    folder, _ = trained_run
-    load_network(folder / "runs" / "shapes-adam" / "last.pt")
-
-
-def test_classes_of_another_data_set(tmp_path, monkeypatch, capsys, content):
-    save_checkpoint(tmp_path / "three.pt", content)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "three.pt")])
-    with pytest.raises(SystemExit) as stopped:
-        run_script(evaluate.main)
-    assert stopped.value.code == 2
-    assert "three.pt has other classes than shapes" in capsys.readouterr().err
-
-
-def test_checkpoint_in_a_folder_of_others_is_told_at_once(tmp_path, monkeypatch, capsys, content):
-    """The pictures have no place there; the tests may run as root, who can write anywhere."""
-    save_checkpoint(tmp_path / "best.pt", content)
-    monkeypatch.setattr(evaluate.os, "access", lambda *_: False)
-    monkeypatch.setattr(evaluate, "load_dataset", None)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "best.pt")])
-    with pytest.raises(SystemExit) as stopped:
-        run_script(evaluate.main)
-    assert stopped.value.code == 2
-    assert "is not writable" in capsys.readouterr().err
+def test_folder_that_cannot_be_written_to_costs_only_the_picture(tiny, content, capsys):
+    save_checkpoint(Path("best.pt"), content)
+    Path("best-confusion-test.png").mkdir()  # also stops root, whom permissions do not
+    assert tiny("best.pt", script=evaluate) == 0
+    out = capsys.readouterr().out
+    assert "top-1 accuracy" in out
+    assert "no picture: cannot write best-confusion-test.png: " in out
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("changes", "options", "message"),
     [
-        ("--split train", "train"),
-        ("--views 5", "--views"),
-        ("--json nowhere/out.json", "nowhere"),
-        ("--json .", "is not a file"),
-        ("--device cuda:99", "--device cuda:99"),
-        ("--precision fp64", "fp64"),
-        ("", "checkpoint"),
+        (
+            {"training": {"train_split": "full"}},
+            "best.pt --split val",
+            "was trained on the validation images",
+        ),
+        ({"classes": list("abcdefghij")}, "best.pt", "best.pt has other classes than shapes"),
+        ({}, "best.pt --split train", "train"),
+        ({}, "best.pt --views 5", "--views"),
+        ({}, "best.pt --json nowhere/out.json", "the folder nowhere does not exist"),
+        ({}, "best.pt --json .", "is not a file"),
+        ({}, "other.pt", "cannot read other.pt"),
     ],
 )
-def test_bad_option_is_one_line(monkeypatch, capsys, options, named):
-    checkpoint = ["best.pt"] if options else []
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *checkpoint, *options.split()])
-    with pytest.raises(SystemExit) as stopped:
-        run_script(evaluate.main)
+def test_what_cannot_be_evaluated_is_one_line(tiny, content, capsys, changes, options, message):
+    training = content["training"] | changes.get("training", {})
+    save_checkpoint(Path("best.pt"), content | changes | {"training": training})
+    assert tiny(*options.split(), script=evaluate) == 2
     error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert error.count("\n") == 1
-    assert named in error
+    assert (error[:20], error.count("\n")) == ("evaluate.py: error: ", 1)
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("trained_in", "capabilities", "expected"),
+    [("bf16", {}, "fp32"), ("fp16", {}, "fp32"), ("fp32", {"amx_bf16": True}, "bf16")],
+)
+def test_precision_is_the_hardwares_and_not_the_checkpoints(
+    tiny, content, monkeypatch, capsys, trained_in, capabilities, expected
+):
+    content["training"]["precision"] = trained_in
+    save_checkpoint(Path("best.pt"), content)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(utils, "_cpu_name", lambda: "a CPU")
+    assert tiny("best.pt", script=evaluate) == 0
+    assert f"{expected} on a CPU" in capsys.readouterr().out
+    assert Classifier.from_checkpoint("best.pt", "cpu").precision == expected

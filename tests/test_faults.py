@@ -1,15 +1,14 @@
 """Faults by the hundred: killed processes, mutated checkpoints, bad command lines.
 
-A few by default. All that docs/reliable.md speaks of, in nine minutes on two cores:
+A few by default. All that docs/reliability.md speaks of:
 
     python -m pytest tests/test_faults.py --long -rP
 """
 
 import contextlib
 import copy
-import hashlib
+import importlib
 import io
-import multiprocessing
 import os
 import pickle
 import random
@@ -22,22 +21,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import tiny_train
+import tiny as tiny_module
 import torch
-from conftest import ROOT
+from conftest import same
 
-import ablate
-import benchmark
-import dataset
 import evaluate
-import model
+import run as run_module
 import train
 from checkpoint import load_checkpoint
-from utils import run_script
+from utils import OneLineParser, output_file, run_script
 
 resource = pytest.importorskip("resource")  # not on Windows
-FIRST_VERSION = ROOT / "tests" / "first-version"
-TIMES = ("seconds", "images_per_second", "peak_memory_mib")
 
 
 @pytest.fixture
@@ -45,91 +39,58 @@ def is_long(request):
     return request.config.getoption("--long")
 
 
-# --- Killed processes ---------------------------------------------------------------------------
-
-
-def fingerprint(content):
-    """A hash of all that a checkpoint holds, to the bit, but of times and memory."""
-    if isinstance(content, torch.Tensor):
-        parts = [f"{content.dtype} {content.shape}".encode(), content.contiguous().numpy()]
-    elif isinstance(content, dict):
-        kept = {name: value for name, value in content.items() if name not in TIMES}
-        parts = [f"{name} {fingerprint(value)}".encode() for name, value in kept.items()]
-    elif isinstance(content, list):
-        parts = [fingerprint(value).encode() for value in content]
-    else:
-        parts = [repr(content).encode()]
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def place(content):
-    return content["epoch"], content["progress"]["step"]
+# --- Killed processes ---
 
 
 def test_killed_run_loses_nothing_that_it_had_saved(tiny, monkeypatch, is_long):
     """kill -9 at random moments, again and again until a run ends; each last.pt is as it must be.
 
-    The runs save after every step, so that many kills meet a file half written.
+    The runs save after every step, files that take long to write, so that many kills meet one.
     """
-    monkeypatch.setattr(model, "UNITS", 4096)  # whose files take long to write
-    wanted, epochs = (50, 2) if is_long else (2, 1)
-    options = ["--dataset", "shapes", "--batch-size", "8", "--device", "cpu"]
-    options += ["--epochs", str(epochs), "--save-every", "0.0001"]
-    saved = {}
-    save = train.save_checkpoint
+    monkeypatch.setenv("UNITS", "2048")
+    wanted = 50 if is_long else 2
+    options = "--epochs 2 --save-every 1e-9 --output-dir".split()
+    saved, save = {}, run_module.save_checkpoint
 
     def save_and_note(path, content):
         save(path, content)
         if path.name == "last.pt":
-            saved[place(content)] = fingerprint(load_checkpoint(path))
+            saved[content["epoch"], content["progress"]["step"]] = load_checkpoint(path)
 
-    monkeypatch.setattr(train, "save_checkpoint", save_and_note)
-    assert tiny(*options, "--output-dir", "whole") == 0
-    monkeypatch.setattr(train, "save_checkpoint", save)
-    assert len(saved) == epochs * 6  # after each of 5 steps, and after the validation
-    best = fingerprint(load_checkpoint("whole/best.pt"))
-
+    monkeypatch.setattr(run_module, "save_checkpoint", save_and_note)
+    begun = time.monotonic()
+    assert tiny(*options, "whole") == 0
+    longest = time.monotonic() - begun
+    assert len(saved) == 12  # after each of 10 steps, and each of 2 validations
     draw = random.Random(0)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["tiny_train"])
-    kills = compared = while_writing = runs = 0
-    while kills < wanted or not compared:
+    kills = while_writing = runs = 0
+    small = "--dataset shapes --batch-size 8 --precision fp32 --device cpu".split()
+    while kills < wanted:
         runs += 1
-        run = Path(f"run{runs}")
-        while True:
+        run, child = Path(f"run{runs}"), None
+        while child is None or child.exitcode == -signal.SIGKILL:
             known = (run / "config.json").exists()
-            arguments = ["--resume", str(run)] if known else [*options, "--output-dir", str(run)]
-            child = forks.Process(target=tiny_train.main_in_folder, args=(Path.cwd(), arguments))
-            child.start()
-            go_on = kills < wanted or not compared
-            longest = 4 * epochs + max(0, kills - wanted)  # for a slow machine's first save
-            child.join(draw.uniform(0.5, longest) if go_on else 240)
-            if not child.is_alive():
-                break
+            arguments = ["--resume", run] if known else [*small, *options, run]
+            child = tiny_module.start(Path.cwd(), *arguments, UNITS=2048)
+            child.join(draw.uniform(0, longest) if kills < wanted else 240)
             child.kill()
             child.join()
-            kills += 1
+            kills += child.exitcode == -signal.SIGKILL
             while_writing += any(run.glob(".unfinished-*"))
             if (run / "last.pt").exists():
                 last = load_checkpoint(run / "last.pt")
-                assert fingerprint(last) == saved[place(last)]
-                compared += 1
+                assert same(last, saved[last["epoch"], last["progress"]["step"]])
             if (run / "best.pt").exists():
                 load_checkpoint(run / "best.pt")
-        assert child.exitcode == 0, Path("output.txt").read_text()
+        assert child.exitcode == 0, Path("stderr.txt").read_text()
         assert (run / "metrics.csv").read_bytes() == Path("whole/metrics.csv").read_bytes()
-        assert fingerprint(load_checkpoint(run / "last.pt")) == saved[epochs, 0]
-        assert fingerprint(load_checkpoint(run / "best.pt")) == best
+        assert last["epoch"] == 2
+        assert same(load_checkpoint(run / "best.pt"), load_checkpoint("whole/best.pt"))
         assert not list(run.glob(".unfinished-*"))
-        shutil.rmtree(run)
     print(f"{kills} kills in {runs} runs, {while_writing} while a file was being written")
 
 
-# --- Scripts that must end in one line -----------------------------------------------------------
+# --- Scripts that must end in one line ---
 
 
 class HangError(BaseException):
@@ -137,7 +98,7 @@ class HangError(BaseException):
 
 
 def attempt(main, arguments):
-    """Runs a script in this process. Returns its exit code, and what is wrong or "".
+    """Run a script in this process. Return its exit code, and what is wrong or "".
 
     It must end with success, or with code 2 and one line, and within a minute.
     """
@@ -146,7 +107,10 @@ def attempt(main, arguments):
         raise HangError
 
     out, err = io.StringIO(), io.StringIO()
-    old_argv, sys.argv = sys.argv, [f"{main.__module__}.py", *map(str, arguments)]
+    old_argv, sys.argv = (
+        sys.argv,
+        [f"{main.__module__.rpartition('.')[2]}.py", *map(str, arguments)],
+    )
     old_handler = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(60)
     try:
@@ -169,12 +133,12 @@ def attempt(main, arguments):
 
 
 def files(folder):
-    """What is in a folder: names and contents."""
+    """Return what is in a folder: names and contents."""
     paths = sorted(folder.rglob("*"))
     return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
-# --- Mutated checkpoints ------------------------------------------------------------------------
+# --- Mutated checkpoints ---
 
 LAUGHS = []
 for _ in range(50):
@@ -189,7 +153,7 @@ ODD_VALUES = [
 
 
 def mutate_bytes(data, draw):
-    """A file that is cut short, has bits flipped, or lost, gained or overwrote some bytes."""
+    """Return a file cut short, with bits flipped, or with bytes lost, gained or overwritten."""
     where = draw.choice([draw.randrange(len(data)), draw.randrange(2000), len(data) - 2000])
     kind = draw.randrange(5)
     if kind == 0:
@@ -205,7 +169,7 @@ def mutate_bytes(data, draw):
 
 
 def mutate_content(content, draw):
-    """A checkpoint with one part replaced by an odd value, renamed or taken out."""
+    """Return a checkpoint with one part replaced by an odd value, renamed or taken out."""
     content = copy.deepcopy(content)
     part = content
     while True:
@@ -218,7 +182,7 @@ def mutate_content(content, draw):
     if kind == 0:
         del part[name]
     elif kind == 1 and isinstance(part, dict):
-        part[draw.choice(["", "x", 3, "conv1.weight"])] = part.pop(name)
+        part[draw.choice(["", "x", 3, "features.conv1.weight"])] = part.pop(name)
     elif isinstance(inner, torch.Tensor) and kind < 7:
         part[name] = draw.choice(TENSOR_CHANGES)(inner)
     else:
@@ -281,7 +245,7 @@ def hostile_objects(marker):
 
 
 def with_entries(data, changed, compression=zipfile.ZIP_STORED):
-    """The archive with some entries replaced, or added, by the end of their names."""
+    """Return the archive with some entries replaced or added."""
     new = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(data)) as old_archive,
@@ -296,7 +260,7 @@ def with_entries(data, changed, compression=zipfile.ZIP_STORED):
 
 
 def hostile_archives(data, marker):
-    """What makes files that try to run something, to take memory, or to write elsewhere."""
+    """Yield what makes files that try to run something, to take memory, or to write elsewhere."""
     for item in hostile_objects(marker):
         for protocol in (2, 4):
             content = pickle.dumps({"format": "alexnet-cifar10", "weights": item}, protocol)
@@ -321,7 +285,7 @@ def hostile_archives(data, marker):
 
 
 def mutated_checkpoints(data, marker, is_long):
-    """(name, bytes) of each, always the same ones."""
+    """Yield name and bytes of each, always the same ones."""
     draw = random.Random(0)
     content = torch.load(io.BytesIO(data), weights_only=True)
     hostile = hostile_archives(data, marker)
@@ -335,7 +299,7 @@ def mutated_checkpoints(data, marker, is_long):
 
 
 def limit_memory(extra_bytes):
-    """Lets this process take so much more and no more. Returns the limit that was there."""
+    """Let this process take so much more and no more. Return the limit that was there."""
     old = resource.getrlimit(resource.RLIMIT_AS)
     if not Path("/proc/self/statm").exists():  # not Linux
         return old
@@ -344,14 +308,12 @@ def limit_memory(extra_bytes):
     return old
 
 
-def test_mutated_checkpoint_ends_in_one_line(tmp_path, monkeypatch, is_long):
+def test_mutated_checkpoint_ends_in_one_line(tiny_run, tmp_path, is_long):
     """Evaluated, and resumed from: success or one line, no file changed, nothing executed."""
-    monkeypatch.setattr(dataset, "SHAPES_PER_CLASS", tiny_train.SHAPES_PER_CLASS)
-    monkeypatch.chdir(tmp_path)
-    data = (FIRST_VERSION / "last.pt").read_bytes()
+    data, record = ((tiny_run / name).read_bytes() for name in ("last.pt", "config.json"))
     outside, marker = tmp_path.parent, tmp_path / "marker"
-    run = Path("run")
-    run.mkdir()
+    shutil.rmtree(tiny_run)
+    tiny_run.mkdir()
     wrong, count, loaded = {}, 0, 0
     old_limit = limit_memory(4 * 2**30)
     try:
@@ -361,13 +323,13 @@ def test_mutated_checkpoint_ends_in_one_line(tmp_path, monkeypatch, is_long):
                 (evaluate.main, ["run/last.pt", "--device", "cpu", "--json", "run/last.json"]),
                 (train.main, ["--resume", "run", "--device", "cpu"]),
             ):
-                shutil.copy(FIRST_VERSION / "config.json", run)
-                (run / "last.pt").write_bytes(file)
+                (tiny_run / "config.json").write_bytes(record)
+                (tiny_run / "last.pt").write_bytes(file)
                 before, beside = files(tmp_path), set(outside.iterdir())
                 _, fault = attempt(main, arguments)
-                picture = run / "last-confusion-test.png"
+                picture = tiny_run / "last-confusion-test.png"
                 loaded += picture.exists()
-                for result in (picture, run / "last.json"):
+                for result in (picture, tiny_run / "last.json"):
                     result.unlink(missing_ok=True)
                 if not fault and (files(tmp_path), set(outside.iterdir())) != (before, beside):
                     fault = "a file has changed"
@@ -379,62 +341,71 @@ def test_mutated_checkpoint_ends_in_one_line(tmp_path, monkeypatch, is_long):
     assert not wrong, "\n".join(f"{name}: {fault}" for name, fault in wrong.items())
 
 
-# --- Bad command lines --------------------------------------------------------------------------
+# --- Bad command lines ---
 
+SCRIPTS = {  # and the arguments that an option follows
+    "train": [],
+    "evaluate": ["file"],
+    "predict": ["file", "file"],
+    "research.ablate": [],
+    "research.benchmark": [],
+    "research.tables": [],
+}
 NO_NUMBERS = ["", " ", "x", "-1", "1e", "nan", "inf", "½", "0x10", "1,5", "1 2", "--", "\n", "-"]
 NO_CHOICES = ["", "x", "SGD", "-1", "None", "--", "\x1b[31m", "é" * 1000, "cifar10 "]
 NO_DEVICES = ["", "tpu", "cuda:99", "cuda:-1", "meta", "cpu:1:2", "gpu", "x" * 5000, "--"]
 NO_FOLDERS = ["nowhere", "file", "taken/nothing", "x" * 5000, "file/x", "--", "\n"]
+TAKEN_FOLDERS = ["taken", "file", "file/x", "x" * 5000, "--"]
 NO_FILES = ["nowhere/x", "taken", "file/x", "x" * 5000, "--"]
-NUMBERS = {
-    train.main: "--epochs --batch-size --train-images --lr --momentum --weight-decay --dropout "
-    "--bias-lr-factor --bias-decay-factor --seed --save-every --groups --warm-up --label-smoothing "
-    "--ema --augmentation-ramp --mix-off --mix-probability",
-    ablate.main: "--seeds --epochs --train-images",
-    benchmark.main: "--rounds --workers --batch-sizes",
-    evaluate.main: "--views",
-}
-CHOICES = {
-    train.main: "--recipe --dataset --optimizer --schedule --init --input --augmentation "
-    "--activation --norm --pooling --dropout-scaling --precision --mix --train-split",
-    ablate.main: "--recipe --dataset --ideas --only",
-    benchmark.main: "--parts",
-    evaluate.main: "--split --precision",
+VALUES = {
+    "--device": NO_DEVICES,
+    "--resume": NO_FOLDERS,
+    "--data-dir": NO_FOLDERS,
+    "--output-dir": TAKEN_FOLDERS,
 }
 OTHERS = [
-    (train.main, "--device", NO_DEVICES),
-    (train.main, "--resume", NO_FOLDERS),
-    (train.main, "--output-dir", ["taken", "file", "file/x", "x" * 5000, "--"]),
-    (evaluate.main, "", ["nowhere.pt", "file", "taken", "x" * 5000, "", "\n", "é"]),
-    (evaluate.main, "--json", NO_FILES),
-    (ablate.main, "--output-dir", ["taken", "file", "file/x", "x" * 5000, "--"]),
-    (benchmark.main, "--json", NO_FILES),
-    (benchmark.main, "--figure", NO_FILES),
-    (benchmark.main, "--growth-figure", NO_FILES),
-    (benchmark.main, "--device", NO_DEVICES),
+    ("train", "--resume taken --output-dir x"),
+    ("train", "--resume taken --lr 1"),
+    ("train", "--optimizer adam --momentum 0.5"),
+    ("train", "--recipe paper --optimizer adam"),
+    ("train", "--recipe paper --train-split full"),
+    ("train", "--dataset shapes --train-images 11"),
+    ("evaluate", ""),
+    *(("evaluate", name) for name in ("nowhere.pt", "file", "taken", "x" * 5000, "\n", "é")),
+    *(("predict", f"{name} file") for name in ("nowhere.pt", "file", "taken", "x" * 5000)),
+    ("predict", "file"),
 ]
-FLAGS = {
-    train.main: ["--compile", "--deterministic", "--nesterov", "--tensorboard", "--no-compile"],
-    benchmark.main: ["--compile"],
-}
 
 
-def bad_command_lines():
-    """(main, arguments) of each."""
-    mains = (train.main, evaluate.main, ablate.main, benchmark.main)
-    for options, values in ((NUMBERS, NO_NUMBERS), (CHOICES, NO_CHOICES)):
-        for main in mains:
-            for option in options[main].split():
-                yield from ((main, [option, value]) for value in values)
-                yield main, [option]
-                yield main, [option[:-1], "1"]
-    for main, option, values in OTHERS:
-        yield from ((main, [option, value] if option else [value]) for value in values)
-    for main in mains:
-        yield from ((main, [f"{flag}=yes"]) for flag in FLAGS.get(main, ()))
-        yield from ((main, words.split()) for words in ("a b c", "-x", "--help=x", "--no-such 1"))
-    for words in ("--resume taken --output-dir x", "--resume taken --lr 1", "--momentum 0.5"):
-        yield train.main, ["--optimizer", "adam", *words.split()]
+def read_options(main, monkeypatch):
+    """Return a script's options as argparse knows them."""
+    parsers = []
+
+    def stop_at_parser(parser, *_):
+        parsers.append(parser)
+        sys.exit()
+
+    with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(OneLineParser, "parse_args", stop_at_parser)
+        patch.setattr(sys, "argv", ["x"])
+        main()
+    return [action for action in parsers[0]._actions if len(action.option_strings) == 1]
+
+
+def bad_arguments(option):
+    """Yield what cannot follow a script's name, for an option of it."""
+    [name] = option.option_strings
+    if option.nargs == 0:
+        yield [f"{name}=yes"]
+        return
+    values = VALUES.get(name, NO_NUMBERS)
+    if option.choices:
+        values = NO_CHOICES
+    elif option.type is output_file:
+        values = NO_FILES
+    yield from ([name, value] for value in values)
+    yield [name]
+    yield [name[:-1], "1"]
 
 
 def test_bad_command_line_ends_in_one_line(tmp_path, monkeypatch):
@@ -443,18 +414,22 @@ def test_bad_command_line_ends_in_one_line(tmp_path, monkeypatch):
     Path("taken").mkdir()
     Path("taken/mine").write_text("mine")
     Path("file").write_text("mine")
+    mains = {name: importlib.import_module(name).main for name in SCRIPTS}
+    lines = [(name, words.split(" ") if words else []) for name, words in OTHERS]
+    for name, first in SCRIPTS.items():
+        for option in read_options(mains[name], monkeypatch):
+            lines += [(name, [*first, *arguments]) for arguments in bad_arguments(option)]
+        lines += [(name, words.split()) for words in ("a b c", "-x", "--help=x", "--no-such 1")]
     before = files(tmp_path)
-    wrong, lines = {}, list(bad_command_lines())
-    for main, arguments in lines:
-        if main is evaluate.main and arguments[0].startswith("--"):
-            arguments = ["file", *arguments]
-        code, fault = attempt(main, arguments)
+    wrong = {}
+    for name, arguments in lines:
+        code, fault = attempt(mains[name], arguments)
         if code == 0:
             fault = "success"
         elif files(tmp_path) != before:
             fault, before = "a file has changed", files(tmp_path)
         if fault:
-            wrong[f"{main.__module__} {arguments}"[:200]] = fault[:300]
+            wrong[f"{name} {arguments}"[:200]] = fault[:300]
     print(f"{len(lines)} bad command lines")
     assert not wrong, "\n".join(f"{name}: {fault}" for name, fault in wrong.items())
-    assert len(lines) >= 200
+    assert len(lines) >= 400

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -89,26 +90,38 @@ def main() -> None:
     run_script(script.main)
 
 
-def start(folder: Path, *arguments, stdout: str = "stdout.txt", **variables) -> "Process":
-    """Start train.py, tiny, in a process of its own, which needs no time to import torch.
+def start(
+    folder: Path, *arguments, stdout="stdout.txt", stderr="stderr.txt", **variables
+) -> multiprocessing.Process:
+    """Start train.py, tiny, in a process of its own, which need not import torch again.
 
-    It runs in the folder with these environment variables. What it prints is added to stdout there,
-    which may be a device, and to stderr.txt. Not for Windows.
+    It runs in the folder with these environment variables. What it prints is added to stdout and
+    stderr there, which may be devices. Not for Windows.
     """
+    variables = {name: str(value) for name, value in variables.items()}
+    return start_function(_main_in, folder, arguments, stdout, stderr, variables)
+
+
+def start_function(function, *arguments) -> multiprocessing.Process:
+    """Start function(*arguments) in such a process."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["tiny"])
-    variables = {name: str(value) for name, value in variables.items()}
-    process = forks.Process(target=_main_in, args=(folder, arguments, stdout, variables))
-    process.start()
+    process = forks.Process(target=function, args=arguments)
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the preload
+        os.environ.pop("UNITS", None)  # all later processes would inherit it
+        process.start()
     return process
 
 
-def _main_in(folder: Path, arguments: tuple, stdout: str, variables: dict[str, str]) -> None:
+def _main_in(folder: Path, arguments: tuple, stdout, stderr, variables: dict[str, str]) -> None:
     os.chdir(folder)
     os.environ.update(variables)
-    os.setsid()  # a terminal that it opens is its own
-    for name, stream in ((stdout, sys.stdout), ("stderr.txt", sys.stderr)):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), stream.fileno())
+    os.setsid()  # a terminal that it opens to read and write is its own
+    for number, name in ((1, stdout), (2, stderr)):
+        mode = os.O_RDWR if str(name).startswith("/dev/") else os.O_WRONLY | os.O_CREAT
+        os.dup2(os.open(name, mode | os.O_APPEND), number)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.argv = ["train.py", *map(str, arguments)]
     main()
 
