@@ -159,13 +159,12 @@ def tried_table() -> str:
             row["epochs"],
             f"{float(row['val_accuracy']):.1%}" if row["val_accuracy"] else "",
             f"{float(row['val_loss']):.3f}" if row["val_loss"] else "",
-            row["hardware"],
             row["verdict"],
         ]
         for row in read_csv(RESULTS / "tried.csv")
         if row["images"] == "45,000"
     ]
-    header = ["recipe", "other than the recipe", "epochs", "accuracy", "loss", "hardware", ""]
+    header = ["recipe", "other than the recipe", "epochs", "accuracy", "loss", ""]
     return markdown(header, rows)
 
 

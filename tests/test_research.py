@@ -379,8 +379,8 @@ def test_tried_shows_failures_and_full_trainings_alone(results, tmp_path):
     rows += 'sgd,short,"4,500",2,0.5,1.25,a CPU,worse\n'
     (tmp_path / "results" / "tried.csv").write_text(header + rows)
     assert tables.tried_table().splitlines()[2:] == [
-        "| sgd | no norm | 2 | 50.0% | 1.250 | a CPU | worse |",
-        "| sgd | none | 0 of 2 |  |  | a CPU | stopped |",
+        "| sgd | no norm | 2 | 50.0% | 1.250 | worse |",
+        "| sgd | none | 0 of 2 |  |  | stopped |",
     ]
 
 
