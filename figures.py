@@ -246,7 +246,7 @@ def predictions(images: list, captions: list[str], results: list[list[dict]]) ->
         row, column = 2 * (i // columns), i % columns
         image_axes, bar_axes = grid[row, column], grid[row + 1, column]
         show_image(image_axes, image)
-        image_axes.set_title(textwrap.fill(as_text(caption), 26), fontsize=10)
+        image_axes.set_title(as_text(textwrap.fill(caption, 26)), fontsize=10)
         for y, item in enumerate(r for r in result[:5] if r["probability"] >= 0.005):
             color = ORANGE if item.get("correct") else BLUE
             bar_axes.barh(y, item["probability"], color=color, alpha=0.45)

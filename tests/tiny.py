@@ -74,7 +74,7 @@ def inject_fault(set_attribute=setattr) -> None:
             here = [self.processes.rank, self.epoch, self.step]
             restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
             if position == list(map(str, here)) and not restarted:
-                os.kill(os.getpid(), getattr(signal, name))
+                signal.raise_signal(getattr(signal, name))
             yield batch
 
     set_attribute(run.Run, "batches", faulty_batches)
