@@ -117,6 +117,7 @@ def _main_in(folder: Path, arguments: tuple, stdout, stderr, variables: dict[str
     os.chdir(folder)
     os.environ.update(variables)
     os.setsid()  # a terminal that it opens to read and write is its own
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     for number, name in ((1, stdout), (2, stderr)):
         mode = os.O_RDWR if str(name).startswith("/dev/") else os.O_WRONLY | os.O_CREAT
         os.dup2(os.open(name, mode | os.O_APPEND), number)
