@@ -281,7 +281,7 @@ def _cpu_is_fast_in_bf16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     if capabilities.get("amx_bf16"):
         return True
-    # AMD's instructions are twice as fast as float32's, Intel's without AMX only half as fast.
+    # Faster than float32 on AMD's (results/speed/cpu.json), slower on Intel's (no-amx.txt).
     return bool(capabilities.get("avx512_bf16")) and "AMD" in _cpu_name()
 
 
