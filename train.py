@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from dataset import DEFAULT_DATA_DIR, Dataset, load_dataset, stratified_subset
 from distributed import Processes, is_connection_lost
@@ -116,13 +117,18 @@ def plateau_lr(val_accuracies: list[float], start: float) -> float:
 
 
 def make_optimizer(network: AlexNet, config: Config) -> torch.optim.Optimizer:
-    """Return SGD or Adam; biases may have a learning rate and a weight decay of their own.
+    """Return SGD, Adam or Muon; biases may have a learning rate and a weight decay of their own.
 
     SGD's step is b <- m b + (g + d w), w <- w - r b, with gradient g, momentum m, weight decay d
     and learning rate r. The paper's (§5) is v <- m v - r d w - r g, w <- w + v. They are the same,
     with v = -r b, while r is constant; after a change of r the paper's v still holds the old r.
     """
-    parameters = list(network.parameters())
+    banks = []
+    if config.optimizer == "muon":
+        convolutions = [layer for layer in network.features if isinstance(layer, nn.Conv2d)]
+        banks = [layer.weight for layer in convolutions[1:] if layer.weight.requires_grad]
+    ids = set(map(id, banks))
+    parameters = [parameter for parameter in network.parameters() if id(parameter) not in ids]
     groups = [{"params": parameters, "lr_factor": 1.0}]
     if (config.bias_lr_factor, config.bias_decay_factor) != (1, 1):
         biases = {
@@ -134,21 +140,60 @@ def make_optimizer(network: AlexNet, config: Config) -> torch.optim.Optimizer:
         groups.append(biases)
     settings = {"lr": config.lr, "weight_decay": config.weight_decay}
     settings["fused"] = True  # one operation for all weights
-    # The state exists from the start: a run that is resumed is copied into it, and fused SGD would
-    # take uninitialized memory for it after a first step that fp16 skips.
-    if config.optimizer == "adam":
-        optimizer = torch.optim.Adam(groups, **settings)
-        names = ("exp_avg", "exp_avg_sq")
-    else:
+    if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=config.momentum, **settings)
         names = ("momentum_buffer",) if config.momentum else ()
+    else:
+        optimizer = torch.optim.Adam(groups, **settings)
+        names = ("exp_avg", "exp_avg_sq")
+    # The state exists from the start: a run that is resumed is copied into it, and fused SGD would
+    # take uninitialized memory for it after a first step that fp16 skips.
     for parameter in parameters:
         state = {name: torch.zeros_like(parameter) for name in names}
-        if config.optimizer == "adam":
+        if "exp_avg" in state:
             state["step"] = parameter.new_zeros(())
         if state:
             optimizer.state[parameter] = state
+    if banks:
+        return MuonBeside(optimizer, banks, config.muon_lr / config.lr)
     return optimizer
+
+
+class MuonBeside(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for filter banks beside another optimizer for the other parameters.
+
+    Muon steps along the momentum made orthogonal, so that all directions of a matrix are learnt at
+    one rate. torch.optim.Muon takes matrices: a bank [filters, channels, h, w] is one of filters by
+    inputs, in whatever order its inputs lie in memory.
+    """
+
+    def __init__(self, other: torch.optim.Optimizer, banks: list[Tensor], lr_factor: float):
+        # The groups of the other are its own: it sees the learning rates that are set here.
+        groups = [{"params": banks, "lr_factor": lr_factor}, *other.param_groups]
+        super().__init__(groups, {})
+        self.other = other
+        matrices = [as_matrix(bank.detach()) for bank in banks]  # views of the banks
+        self.muon = torch.optim.Muon(matrices, weight_decay=0.0)
+        for bank, matrix in zip(banks, matrices, strict=True):
+            self.state[bank] = self.muon.state[matrix]
+            self.state[bank]["momentum_buffer"] = torch.zeros_like(matrix)
+        self.state.update(other.state)
+
+    def step(self) -> None:
+        """Take a step with each."""
+        own, mine = self.param_groups[0], self.muon.param_groups[0]
+        for bank, matrix in zip(own["params"], mine["params"], strict=True):
+            matrix.grad = as_matrix(bank.grad)
+        mine["lr"] = own["lr"]
+        self.muon.step()
+        self.other.step()
+
+
+def as_matrix(bank: Tensor) -> Tensor:
+    """Return a filter bank [N, C, h, w] as the matrix [N, C h w] that shares its memory."""
+    if not bank.is_contiguous():  # channels last
+        bank = bank.movedim(1, -1)
+    return bank.flatten(1)
 
 
 def make_network(config: Config, num_classes: int) -> AlexNet:

@@ -91,6 +91,13 @@ def test_two_processes_train_as_one_does(one, tmp_path):
     assert "2 processes, the first on " in output
 
 
+def test_two_processes_train_as_one_does_with_muon(tmp_path):
+    """Whose bf16 makes more of a gradient's last bits."""
+    options = [*OPTIONS, "--optimizer", "muon"]
+    assert [train_with(n, tmp_path / str(n), *options)[0] for n in (1, 2)] == [[0], [0, 0]]
+    assert metrics(tmp_path / "1") == pytest.approx(metrics(tmp_path / "2"), rel=1e-2)
+
+
 def test_gradient_of_two_processes_is_that_of_the_whole_batch(stopped, monkeypatch):
     """After one step the momentum is the gradient plus the weight decay of the initial weights."""
     last = torch.load(stopped / "run" / "last.pt")

@@ -181,8 +181,9 @@ def test_resuming_changes_nothing_that_would_be_another_experiment(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(record(config, [])))
     free = {"epochs": 9, "data_dir": "x", "device": "cpu", "compile": True}
     free |= {"deterministic": True, "save_every": 1.0}
-    fixed = {"recipe": "adam", "optimizer": "adam", "batch_size": 8, "lr": 0.5, "momentum": 0.5}
-    fixed |= {"weight_decay": 0.0, "bias_lr_factor": 2.0, "bias_decay_factor": 0.0, "warm_up": 0.2}
+    fixed = {"recipe": "adam", "optimizer": "adam", "batch_size": 8, "lr": 0.5}
+    fixed |= {"muon_lr": 0.5, "momentum": 0.5, "weight_decay": 0.0}
+    fixed |= {"bias_lr_factor": 2.0, "bias_decay_factor": 0.0, "warm_up": 0.2}
     fixed |= {"schedule": "plateau", "dataset": "cifar10", "train_split": "full", "seed": 1}
     fixed |= {"train_images": 10, "input": "centered", "augmentation": "none", "mix": "cutmix"}
     fixed |= {"mix_probability": 0.5, "init": "2012", "groups": 2, "dropout": 0.1}

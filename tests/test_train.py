@@ -1,6 +1,7 @@
 """The loop of train.py: learning rate, optimizer, and what a step computes and waits for."""
 
 import contextlib
+import copy
 import itertools
 import math
 from types import SimpleNamespace
@@ -130,6 +131,11 @@ def test_parameter_groups():
         assert type(optimizer) is kind
         [everything] = optimizer.param_groups
         assert len(everything["params"]) == 16
+    banks, others = train.make_optimizer(network, new_config({"recipe": "muon"})).param_groups
+    assert [names[id(bank)] for bank in banks["params"]] == [
+        f"features.conv{i}.weight" for i in range(2, 6)
+    ]
+    assert len(others["params"]) == 12
 
 
 def test_steps_follow_the_papers_equations():
@@ -155,6 +161,38 @@ def test_steps_follow_the_papers_equations():
         np.testing.assert_allclose(network.bias.detach().numpy(), b, rtol=1e-12)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_muon_steps_along_the_orthogonalized_momentum(memory_format):
+    """As Jordan et al. describe it, by hand in float64; torch's is in bf16. Adam has the rest."""
+    network = torch.nn.Module()
+    network.features = torch.nn.Sequential(*(torch.nn.Conv2d(4, n, 3) for n in (4, 4, 60)))
+    network.to(memory_format=memory_format)
+    banks = [layer.weight for layer in network.features][1:]
+    optimizer = train.make_optimizer(network, new_config({"optimizer": "muon"}))
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr_factor"] * 4e-4
+    momenta = [0.0] * len(banks)
+    for _ in range(3):
+        before = copy.deepcopy(network)
+        for parameter in network.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        for i, bank in enumerate(banks):
+            g = bank.grad.double().flatten(1)
+            momenta[i] = 0.95 * momenta[i] + 0.05 * g
+            x = 0.05 * g + 0.95 * momenta[i]
+            x = x / x.norm()
+            for _ in range(5):
+                gram = x @ x.T
+                x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+            expected = -0.02 * max(1, len(x) / x.shape[1]) ** 0.5 * x
+            step = (bank - before.features[i + 1].weight).double().flatten(1)
+            assert (step - expected).norm() < 0.06 * expected.norm()
+        for name in ("0.weight", "0.bias", "1.bias"):  # Adam's first steps are of the learning rate
+            step = network.features.get_parameter(name) - before.features.get_parameter(name)
+            assert 1e-4 < step.abs().mean() < 5e-4
+
+
 # --- A step ---
 
 
@@ -177,6 +215,7 @@ def test_training_metrics_are_means_over_the_images_of_an_epoch(tiny):
     [
         {"optimizer": "sgd", "mix": "cutmix", "mix_probability": 0.5},
         {"optimizer": "adam"},
+        {"optimizer": "muon"},
         {"recipe": "paper"},
     ],
 )
@@ -207,6 +246,7 @@ def test_step_waits_for_no_value(small, tmp_path, overrides, monkeypatch):
         {"recipe": "paper"},
         {"precision": "fp16"},
         {"optimizer": "adam", "precision": "fp16"},
+        {"optimizer": "muon"},
     ],
 )
 def test_steps_do_not_wait_for_a_gpu(tmp_path, overrides, compiled):
@@ -314,7 +354,7 @@ def test_compiled_network_takes_all_but_a_smaller_last_batch(
 # --- fp16 ---
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
 def test_steps_whose_fp16_gradients_overflow_are_skipped(tiny, monkeypatch, after_step, optimizer):
     """At a scale of 2^30 those of the first steps do; it is halved until they do not.
 
