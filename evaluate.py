@@ -5,25 +5,24 @@ Network and preprocessing are rebuilt from the checkpoint alone, which also name
 
 import argparse
 import math
-from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import figures
 from checkpoint import load_network
 from dataset import DATASETS, DEFAULT_DATA_DIR, Dataset, Split, find_data_dir, load_dataset
-from model import AlexNet, LocalResponseNorm
-from transforms import Preprocessing, eval_batches, ten_crop_maps
+from model import LocalResponseNorm
+from predict import Classifier, eval_batch_size, top_predictions
 from utils import (
     OneLineParser,
     UserError,
     add_device_options,
-    autocast,
     device_name,
     environment,
     keep_freed_memory,
@@ -35,102 +34,12 @@ from utils import (
     write_json,
 )
 
-MAX_BATCH_SIZE = 256
 CALIBRATION_BINS = 15
 FIGURE_IMAGES = 8  # in a figure
 NEIGHBORS = 6  # of an image, as in the paper's Fig. 4
 
 
-# --- Inference ---
-
-
-def predict(
-    network: AlexNet,
-    images: Tensor,
-    preprocessing: Preprocessing,
-    precision: str,
-    view: Tensor | None = None,
-    batch_size: int = MAX_BATCH_SIZE,
-    quiet: bool = False,
-) -> Tensor:
-    """Return logits, float32 [N, classes], of uint8 images [N, 3, H, W] on the network's device.
-
-    view is the map [2, 3] through which all of them are seen, by default the preprocessing's. The
-    network is in eval mode from then on. A terminal shows a progress bar unless quiet.
-    """
-    network.eval()
-    return in_batches(network, images, preprocessing, precision, view, batch_size, quiet)
-
-
-def embed(
-    network: AlexNet,
-    images: Tensor,
-    preprocessing: Preprocessing,
-    precision: str,
-    batch_size: int = MAX_BATCH_SIZE,
-) -> Tensor:
-    """Return the activations of fc7, float32 [N, 4096]; takes what predict() takes."""
-    network.eval()
-    return in_batches(network.embed, images, preprocessing, precision, batch_size=batch_size)
-
-
-@torch.no_grad()
-def in_batches(
-    function: Callable[[Tensor], Tensor],
-    images: Tensor,
-    preprocessing: Preprocessing,
-    precision: str,
-    view: Tensor | None = None,
-    batch_size: int = MAX_BATCH_SIZE,
-    quiet: bool = False,
-) -> Tensor:
-    """Return what function makes of each image, float32 [N, ...]; otherwise as predict()."""
-    batches = eval_batches(images, preprocessing, batch_size, view)
-    total = math.ceil(len(images) / batch_size)
-    results = []
-    disable = True if quiet else None  # None: shown on a terminal
-    for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=disable):
-        with autocast(images.device, precision):
-            results.append(function(batch).float())
-    return torch.cat(results)
-
-
-def predict_ten_crops(
-    network: AlexNet,
-    images: Tensor,
-    preprocessing: Preprocessing,
-    precision: str,
-    batch_size: int = MAX_BATCH_SIZE,
-) -> Tensor:
-    """Return the logarithm of the mean softmax over the paper's ten views (§4.1), [N, classes].
-
-    Takes what predict() takes; as logits the values give the mean's own probabilities.
-    """
-    views = ten_crop_maps()
-    logits = [
-        predict(network, images, preprocessing, precision, view, batch_size) for view in views
-    ]
-    return torch.stack(logits).log_softmax(2).logsumexp(0) - math.log(len(views))
-
-
-def top_predictions(probabilities: Tensor, classes: list[str], count: int) -> list[dict]:
-    """Return the most probable classes with their probabilities (0..1), the highest first."""
-    values, indices = probabilities.topk(min(count, len(classes)))
-    return [
-        {"class": classes[index], "probability": value}
-        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
-    ]
-
-
 # --- Numbers ---
-
-
-def eval_batch_size(batch_size: int) -> int:
-    """Return the batch size to evaluate with after a training with this one.
-
-    What fitted into memory with gradients fits without.
-    """
-    return min(batch_size, MAX_BATCH_SIZE)
 
 
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -252,46 +161,36 @@ def print_classes(summary: dict) -> None:
 
 
 def draw_figures(
-    network: AlexNet,
-    preprocessing: Preprocessing,
-    precision: str,
-    dataset: Dataset,
-    split: Split,
-    logits: Tensor,
-    summary: dict,
-    batch_size: int = MAX_BATCH_SIZE,
+    classifier: Classifier, dataset: Dataset, split: Split, logits: Tensor, summary: dict
 ) -> dict[str, figures.Figure]:
     """Return all figures of a trained network but the confusion matrix, by name.
 
     split is the one that logits and summary are of. Layers that were replaced by others have no
     figure.
     """
-    what = f"{len(split.labels):,} images, {summary['accuracy']:.1%} correct"
     probabilities = logits.softmax(1)
     examples = first_of_each_class(split.labels, FIGURE_IMAGES)
     errors = most_confident_errors(probabilities, split.labels, FIGURE_IMAGES)
-    error_text = f"calibration error {100 * summary['calibration_error']:.1f} points"
+    title = f"Confidence and accuracy: {len(split.labels):,} images, {summary['accuracy']:.1%} "
+    title += f"correct,\ncalibration error {100 * summary['calibration_error']:.1f} points"
     drawn = {
         "predictions": draw_predictions(split, probabilities, dataset.classes, examples),
-        "neighbors": draw_neighbors(
-            network, preprocessing, precision, dataset, split.select(examples[:5]), batch_size
-        ),
-        "classes": figures.class_accuracies(summary["per_class"], f"Accuracy by class: {what}"),
-        "reliability": figures.reliability(
-            summary["calibration_bins"], f"Confidence and accuracy: {what},\n{error_text}"
-        ),
+        "neighbors": draw_neighbors(classifier, dataset, split.select(examples[:5])),
+        "reliability": figures.reliability(summary["calibration_bins"], title),
     }
     if len(errors):
         drawn["errors"] = draw_predictions(split, probabilities, dataset.classes, errors)
-    conv1 = getattr(network.features, "conv1", None)
+    conv1 = getattr(classifier.network.features, "conv1", None)
     if isinstance(conv1, nn.Conv2d):
         drawn["filters"] = figures.filters(conv1.weight.detach().cpu(), "The filters of conv1")
-    relus = [f"relu{i}" for i in range(1, 6) if hasattr(network.features, f"relu{i}")]
-    image = split.images[examples[:1]]
-    outputs = layer_values(network, preprocessing, image, relus)
-    maps = {name: output[0].numpy() for name, (_, output) in outputs.items()}
-    drawn["feature-maps"] = figures.feature_maps(image[0].cpu(), maps)
-    factors = normalization_factors(network, preprocessing, split.images[examples])
+    values = layer_values(classifier, split.images[examples])
+    maps = {name: y[0].numpy() for name, (_, _, y) in values.items() if "relu" in name}
+    drawn["feature-maps"] = figures.feature_maps(split.images[examples[0]].cpu(), maps)
+    factors = {
+        name: (y[x != 0] / x[x != 0]).numpy()
+        for name, (layer, x, y) in values.items()
+        if isinstance(layer, LocalResponseNorm)
+    }
     if factors:
         title = f"Factor by which LRN multiplies activations, {len(examples)} images"
         drawn["normalization"] = figures.normalization(factors, title)
@@ -323,19 +222,11 @@ def draw_predictions(
     return figures.predictions(list(split.images[indices].cpu()), captions, results)
 
 
-def draw_neighbors(
-    network: AlexNet,
-    preprocessing: Preprocessing,
-    precision: str,
-    dataset: Dataset,
-    queries: Split,
-    batch_size: int = MAX_BATCH_SIZE,
-) -> figures.Figure:
+def draw_neighbors(classifier: Classifier, dataset: Dataset, queries: Split) -> figures.Figure:
     """Return the paper's Fig. 4 right: the training images with the nearest activations of fc7."""
     train = dataset.train.to(queries.images.device)
-    train_embeddings = embed(network, train.images, preprocessing, precision, batch_size)
-    query_embeddings = embed(network, queries.images, preprocessing, precision, batch_size)
-    nearest = torch.cdist(query_embeddings, train_embeddings).topk(NEIGHBORS, largest=False).indices
+    distances = torch.cdist(classifier.embed(queries.images), classifier.embed(train.images))
+    nearest = distances.topk(NEIGHBORS, largest=False).indices
     return figures.neighbors(
         list(queries.images.cpu()),
         [list(train.images[row].cpu()) for row in nearest],
@@ -344,31 +235,20 @@ def draw_neighbors(
     )
 
 
-def normalization_factors(
-    network: AlexNet, preprocessing: Preprocessing, images: Tensor
-) -> dict[str, np.ndarray]:
-    """Return output / input of each LRN layer for the inputs that are not 0, by layer."""
-    norms = [
-        name
-        for name, layer in network.features.named_children()
-        if isinstance(layer, LocalResponseNorm)
-    ]
-    values = layer_values(network, preprocessing, images, norms)
-    return {name: (y[x != 0] / x[x != 0]).numpy() for name, (x, y) in values.items()}
-
-
 def layer_values(
-    network: AlexNet, preprocessing: Preprocessing, images: Tensor, names: list[str]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return input and output of these layers of `features` for uint8 images, on the CPU."""
+    classifier: Classifier, images: Tensor
+) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
+    """Return each layer of `features`, its input and its output for uint8 images, by name."""
     values = {}
+
+    def keep(name: str, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        values[name] = layer, inputs[0].float().cpu(), output.float().cpu()
+
     hooks = [
-        getattr(network.features, name).register_forward_hook(
-            lambda _, x, y, name=name: values.update({name: (x[0].cpu(), y.cpu())})
-        )
-        for name in names
+        layer.register_forward_hook(partial(keep, name))
+        for name, layer in classifier.network.features.named_children()
     ]
-    predict(network, images, preprocessing, "fp32", quiet=True)
+    replace(classifier, precision="fp32", quiet=True).logits(images)
     for hook in hooks:
         hook.remove()
     return values
@@ -418,13 +298,13 @@ def main() -> None:
         raise UserError(f"{args.checkpoint} has other classes than {training['dataset']}")
     split = getattr(dataset, args.split).to(device)
 
-    to_device(network, device)
     batch_size = eval_batch_size(training["batch_size"])
-    logits = predict(network, split.images, preprocessing, precision, batch_size=batch_size)
+    network = to_device(network, device)
+    classifier = Classifier(network, classes, preprocessing, precision, batch_size)
+    logits = classifier.logits(split.images)
     summary, ten_views = summarize(logits, split.labels, classes), None
     if args.views == 10:
-        ten_logits = predict_ten_crops(network, split.images, preprocessing, precision, batch_size)
-        ten_views = summarize(ten_logits, split.labels, classes)
+        ten_views = summarize(classifier.ten_view_logits(split.images), split.labels, classes)
 
     if args.json:
         record = {
@@ -451,9 +331,7 @@ def main() -> None:
     matrix = figures.confusion_matrix(np.array(summary["confusion_matrix"]), classes, title)
     save_beside(args.checkpoint, args.split, {"confusion": matrix})
     if args.figures:
-        drawn = draw_figures(
-            network, preprocessing, precision, dataset, split, logits, summary, batch_size
-        )
+        drawn = draw_figures(classifier, dataset, split, logits, summary)
         save_beside(args.checkpoint, args.split, drawn)
 
 

@@ -169,28 +169,6 @@ def confusion_matrix(matrix: np.ndarray, classes: list[str], title: str) -> Figu
     return figure
 
 
-def class_accuracies(per_class: list[dict], title: str) -> Figure:
-    """Return the accuracy of each class with its 95% interval, the best first.
-
-    Args:
-        per_class: class, accuracy and interval_95 (0..1) of each, as evaluate.py has them.
-        title: what was evaluated.
-    """
-    ranked = sorted(per_class, key=lambda row: row["accuracy"])
-    figure = Figure(figsize=(7.2, 1.4 + 0.34 * len(ranked)), layout="constrained")
-    axes = figure.subplots()
-    for y, row in enumerate(ranked):
-        accuracy, (low, high) = 100 * row["accuracy"], (100 * x for x in row["interval_95"])
-        # Rounding can put the end of an interval inside.
-        error = [[max(0, accuracy - low)], [max(0, high - accuracy)]]
-        axes.errorbar(accuracy, y, xerr=error, fmt="o", color=BLUE, capsize=3)
-    axes.set_yticks(range(len(ranked)), [as_text(row["class"]) for row in ranked])
-    axes.set_xlabel("accuracy (%), with 95% interval")
-    axes.grid(alpha=0.3)
-    axes.set_title(title)
-    return figure
-
-
 def reliability(bins: list[dict], title: str) -> Figure:
     """Return accuracy by confidence (above), and the number of images by confidence (below).
 

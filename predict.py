@@ -12,8 +12,10 @@ From Python, in this folder:
 
 import argparse
 import io
+import math
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +23,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 import figures
 from checkpoint import load_network
-from evaluate import predict, top_predictions
 from model import AlexNet
-from transforms import Preprocessing
+from transforms import Preprocessing, eval_batches, ten_crop_maps
 from utils import (
     OneLineParser,
     UserError,
     add_device_options,
+    autocast,
     is_out_of_memory,
     keep_freed_memory,
     output_file,
@@ -44,6 +47,7 @@ from utils import (
     write_json,
 )
 
+MAX_BATCH_SIZE = 256
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 2**26  # of an image; larger ones are refused before they are unpacked
@@ -56,16 +60,20 @@ FIGURE_IMAGES = 12
 class Classifier:
     """A trained network with all it takes to use it.
 
-    network: in eval mode, on its device.
+    network: on its device; in eval mode once it was used.
     classes: the names of its outputs, in order.
     preprocessing: how pixels become its input.
     precision: "fp32", "fp16" or "bf16".
+    batch_size: how many images it sees at a time.
+    quiet: no progress bar, which a terminal shows otherwise.
     """
 
     network: AlexNet
     classes: list[str]
     preprocessing: Preprocessing
     precision: str
+    batch_size: int = MAX_BATCH_SIZE
+    quiet: bool = False
 
     @classmethod
     def from_checkpoint(
@@ -94,8 +102,57 @@ class Classifier:
                 "torch.stack([read_image(file)]) makes them of a file"
             )
         device = next(self.network.parameters()).device
-        logits = predict(self.network, images.to(device), self.preprocessing, self.precision)
-        return logits.softmax(1).cpu()
+        return self.logits(images.to(device)).softmax(1).cpu()
+
+    def logits(self, images: Tensor, view: Tensor | None = None) -> Tensor:
+        """Return logits, float32 [N, classes], of uint8 images [N, 3, H, W] on the device.
+
+        view is the map [2, 3] through which all are seen, by default the preprocessing's.
+        """
+        return self._in_batches(self.network, images, view)
+
+    def ten_view_logits(self, images: Tensor) -> Tensor:
+        """Return the logarithm of the mean softmax over the paper's ten views (§4.1), [N, classes].
+
+        Takes what logits() takes.
+        """
+        logits = torch.stack([self.logits(images, view) for view in ten_crop_maps()])
+        return logits.log_softmax(2).logsumexp(0) - math.log(len(logits))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the activations of fc7, float32 [N, 4096]; takes what logits() takes."""
+        return self._in_batches(self.network.embed, images)
+
+    @torch.no_grad()
+    def _in_batches(
+        self, function: Callable[[Tensor], Tensor], images: Tensor, view: Tensor | None = None
+    ) -> Tensor:
+        self.network.eval()
+        batches = eval_batches(images, self.preprocessing, self.batch_size, view)
+        total = math.ceil(len(images) / self.batch_size)
+        disable = True if self.quiet else None  # None: shown on a terminal
+        results = []
+        for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=disable):
+            with autocast(images.device, self.precision):
+                results.append(function(batch).float())
+        return torch.cat(results)
+
+
+def eval_batch_size(batch_size: int) -> int:
+    """Return the batch size to evaluate with after a training with this one.
+
+    What fitted into memory with gradients fits without.
+    """
+    return min(batch_size, MAX_BATCH_SIZE)
+
+
+def top_predictions(probabilities: Tensor, classes: list[str], count: int) -> list[dict]:
+    """Return the most probable classes with their probabilities (0..1), the highest first."""
+    values, indices = probabilities.topk(min(count, len(classes)))
+    return [
+        {"class": classes[index], "probability": value}
+        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+    ]
 
 
 # --- Images ---

@@ -29,8 +29,9 @@ from checkpoint import (
 )
 from dataset import Dataset
 from distributed import Processes
-from evaluate import eval_batch_size, loss_and_accuracy, predict
+from evaluate import loss_and_accuracy
 from model import AlexNet
+from predict import Classifier, eval_batch_size
 from recipes import CHANGEABLE, Config, record, run_name
 from transforms import Augmentation, Mix, Preprocessing, stream_seed, training_batches
 from utils import (
@@ -237,14 +238,12 @@ class Run:
         """Return loss and accuracy on the validation split, of which each process sees a shard."""
         shard = self.processes.shard
         logits = torch.zeros(len(self.val_split.labels), len(self.classes), device=self.device)
-        logits[shard] = predict(
-            self.network,
-            self.val_split.images[shard],
-            self.preprocessing,
-            self.config.precision,
-            batch_size=eval_batch_size(self.config.batch_size),
-            quiet=self.quiet,
+        batch_size = eval_batch_size(self.config.batch_size)
+        precision = self.config.precision
+        classifier = Classifier(
+            self.network, self.classes, self.preprocessing, precision, batch_size, self.quiet
         )
+        logits[shard] = classifier.logits(self.val_split.images[shard])
         logits = self.processes.all_reduce_sum(logits)
         return loss_and_accuracy(logits, self.val_split.labels)
 

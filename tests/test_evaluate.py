@@ -13,7 +13,7 @@ import evaluate
 import utils
 from checkpoint import load_network, save_checkpoint
 from dataset import Dataset, Split, draw_shapes
-from evaluate import calibration, draw_figures, predict, predict_ten_crops, summarize
+from evaluate import calibration, draw_figures, summarize
 from predict import Classifier
 from transforms import Preprocessing
 
@@ -37,9 +37,9 @@ def plain_input(images, preprocessing, size):
 def test_predictions_are_the_plain_networks_for_each_image_in_order(network, content):
     preprocessing = Preprocessing(**content["preprocessing"])
     images = draw_shapes().val.images[:7]
-    network.train()  # predict() is to end training's dropout
-    logits = predict(network, images, preprocessing, "fp32", batch_size=3)
-    embeddings = evaluate.embed(network, images, preprocessing, "fp32", batch_size=3)
+    network.train()  # whose dropout is to end
+    classifier = Classifier(network, list("0123456789"), preprocessing, "fp32", batch_size=3)
+    logits, embeddings = classifier.logits(images), classifier.embed(images)
     assert min(logits.std(0).max(), embeddings.std(0).max()) > 0.1  # images differ
     plain = network.double()
     for i in range(len(images)):
@@ -57,7 +57,7 @@ def test_ten_crops_are_the_mean_of_ten_softmaxes():
     nn.init.normal_(network[3].weight, std=0.05)
     preprocessing = Preprocessing([120.0, 110.0, 100.0], [60.0, 50.0, 40.0])
     images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
-    ours = predict_ten_crops(network, images, preprocessing, "fp32")
+    ours = Classifier(network, [], preprocessing, "fp32").ten_view_logits(images)
     enlarged, network = plain_input(images, preprocessing, 256), network.double()
     probabilities = []
     for top, left in ((0, 0), (0, 29), (29, 0), (29, 29), (14, 14)):
@@ -151,8 +151,8 @@ def test_figures_show_first_images_worst_errors_and_nearest_neighbors(network, m
     order = [7, 0, 4, 1, 5, 2, 6]
     dataset = Dataset(list("abc"), Split(3 * images[order], split.labels[order]), split, split)
     summary = summarize(probabilities.log(), split.labels, dataset.classes)
-    arguments = (preprocessing, "fp32", dataset, split, probabilities.log(), summary)
-    drawn = draw_figures(network, *arguments)
+    classifier = Classifier(network, dataset.classes, preprocessing, "fp32")
+    drawn = draw_figures(classifier, dataset, split, probabilities.log(), summary)
     assert first_values(drawn["predictions"]) == [2, 0, 3]  # the first of each class
     titles = [axes.get_title() for axes in drawn["predictions"].axes if axes.images]
     assert titles == ["labeled a", "labeled b", "labeled c"]
@@ -169,11 +169,11 @@ def test_network_with_replaced_layers_is_evaluated_and_drawn(network, content):
     preprocessing, shapes = Preprocessing(**content["preprocessing"]), draw_shapes()
     few = [part.select(part.labels < 5) for part in (shapes.train, shapes.val, shapes.test)]
     dataset = Dataset(shapes.classes[:5], *few)
-    logits = predict(network, dataset.test.images, preprocessing, "fp32")
+    classifier = Classifier(network, dataset.classes, preprocessing, "fp32")
+    logits = classifier.logits(dataset.test.images)
     summary = summarize(logits, dataset.test.labels, dataset.classes)
-    arguments = (preprocessing, "fp32", dataset, dataset.test, logits, summary)
-    drawn = draw_figures(network, *arguments)
-    names = {"predictions", "errors", "neighbors", "classes", "reliability", "feature-maps"}
+    drawn = draw_figures(classifier, dataset, dataset.test, logits, summary)
+    names = {"predictions", "errors", "neighbors", "reliability", "feature-maps"}
     assert drawn.keys() == names  # neither filters nor normalization
     assert "relu1\n12 x 15 x 15" in [axes.get_ylabel() for axes in drawn["feature-maps"].axes]
 
@@ -200,9 +200,9 @@ def test_script_reports_records_and_draws_all_of_it(tiny, tiny_run, capsys):
     assert {"torch", "git_commit", "device"} <= record["environment"].keys()
     for text in ("one view", f"{correct / 20:.2%}", "checkerboard", "2 epochs", "20 images"):
         assert text in out
-    names = "confusion predictions errors neighbors classes reliability filters feature-maps"
+    names = "confusion predictions errors neighbors reliability filters feature-maps normalization"
     written = {path.name for path in tiny_run.glob("best-*.png")}
-    assert written == {f"best-{name}-test.png" for name in (*names.split(), "normalization")}
+    assert written == {f"best-{name}-test.png" for name in names.split()}
     assert all(f"wrote {tiny_run / name}" in out for name in written)
 
 

@@ -136,18 +136,6 @@ def test_confusion_matrix_has_percentages():
     assert texts(axes.get_yticklabels()) == ["cat", "dog"]
 
 
-def test_classes_are_ranked_with_their_intervals():
-    rows = [
-        {"class": "cat", "accuracy": 0.5, "interval_95": (0.4, 0.7)},
-        {"class": "dog", "accuracy": 1.0, "interval_95": (0.9, 1 - 1e-16)},
-        {"class": "frog", "accuracy": 0.7, "interval_95": (0.6, 0.8)},
-    ]
-    [axes] = figures.class_accuracies(rows, "title").axes
-    assert texts(axes.get_yticklabels()) == ["cat", "frog", "dog"]
-    ends = axes.containers[0].lines[2][0].get_segments()[0][:, 0]
-    assert list(ends) == pytest.approx([40, 70])
-
-
 def test_reliability_has_the_filled_bins():
     bins = [
         {"low": 0.0, "high": 0.5, "images": 0, "confidence": None, "accuracy": None},
@@ -223,10 +211,8 @@ def test_normalization_shows_how_many_are_held_back():
 def test_names_are_drawn_as_they_are(recwarn, tmp_path):
     """No formula between two $, and no warning of letters that the font lacks."""
     names = [r"$\foo$", "猫"]
-    rows = [{"class": name, "accuracy": 0.5, "interval_95": (0.4, 0.7)} for name in names]
     images, results = [image(0)] * 2, [[{"class": name, "probability": 1.0}] for name in names]
     for figure in (
-        figures.class_accuracies(rows, "title"),
         figures.confusion_matrix(np.eye(2), names, "title"),
         figures.predictions(images, names, results),
         figures.neighbors(images, [images] * 2, names, [names] * 2),

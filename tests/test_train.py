@@ -16,11 +16,11 @@ from conftest import DEVICES, needs_gpu, read_rows, run_python, same
 import dataset
 import run as run_module
 import train
-from checkpoint import load_network
 from dataset import draw_shapes
 from distributed import Processes
-from evaluate import loss_and_accuracy, predict
+from evaluate import loss_and_accuracy
 from model import AlexNet
+from predict import Classifier
 from recipes import new_config
 from transforms import Mix, to_channels_last
 
@@ -201,9 +201,8 @@ def test_training_metrics_are_means_over_the_images_of_an_epoch(tiny):
     options = "--batch-size 13 --lr 1e-30 --dropout 0 --augmentation none --epochs 2"
     network = "--init 2012 --input centered"  # whose first loss is not that of guessing
     assert tiny(*f"{options} {network} --output-dir run".split()) == 0
-    network, preprocessing, _ = load_network("run/best.pt")
     split = draw_shapes().train
-    logits = predict(network, split.images, preprocessing, "fp32")
+    logits = Classifier.from_checkpoint("run/best.pt", "cpu", "fp32").logits(split.images)
     expected = loss_and_accuracy(logits, split.labels)
     for row in read_rows("run/metrics.csv"):
         found = float(row["train_loss"]), float(row["train_accuracy"])
