@@ -270,21 +270,6 @@ def copy_into(target: dict | Tensor, source: dict | Tensor) -> None:
 # --- The run's folder ---
 
 
-def has_saved_run(run_dir: Path) -> bool:
-    """Return whether the run was saved before it was stopped.
-
-    Raises UserError if it was saved after an epoch and its last.pt is gone.
-    """
-    if (run_dir / "last.pt").exists():
-        return True
-    if (run_dir / "curves.png").exists():  # drawn once last.pt is written
-        raise UserError(
-            f"--resume {run_dir}: its last.pt is gone, without which it would begin anew and "
-            "overwrite what is there; start a new run"
-        )
-    return False
-
-
 def load_run(path: Path, network: nn.Module, settings: dict, changeable: set[str]) -> dict:
     """Return the content of a last.pt. Raises UserError if it is damaged or another run's.
 

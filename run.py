@@ -22,7 +22,6 @@ from checkpoint import (
     check_progress,
     copy_into,
     damaged_run,
-    has_saved_run,
     layer_types,
     load_run,
     save_checkpoint,
@@ -188,7 +187,7 @@ class Run:
             self.progress.end_epoch()
         elif save_is_due:
             self.save()
-            self.progress.restart_clock()  # saving is not training
+            self.progress.clock = time.monotonic()  # saving is not training
         return bool(self.stopped_by)
 
     def finish_epoch(self, lr: float) -> None:
@@ -358,14 +357,13 @@ class Run:
 
     def diverged(self, what: str, step: int) -> DivergedError:
         """Return the error that ends a run gone wrong: where, what to try, what is left."""
-        last, best = self.dir / "last.pt", self.dir / "best.pt"
-        kept = [str(last)] if last.exists() else []
-        kept += [str(best)] if self.history else []  # written when the run ends, if not before
+        kept = f"{self.dir / 'last.pt'}"
+        if self.history:  # best.pt is written when the run ends, if not before
+            kept += f" and {self.dir / 'best.pt'}"
         fp32 = "" if self.config.precision == "fp32" else ", or --precision fp32"
         return DivergedError(
             f"{what} in epoch {self.epoch + 1}, step {step}; start a new run with a lower --lr "
-            f"than {self.config.lr:g}{fp32}. "
-            f"Kept from before: {' and '.join(kept) or 'nothing, no epoch was finished'}"
+            f"than {self.config.lr:g}{fp32}. Kept from before: {kept}"
         )
 
     # --- The folder ---
@@ -385,14 +383,10 @@ class Run:
             if output_dir and not resume:
                 check_output_dir(output_dir)  # another run may have come and gone
             remove_unfinished(self.dir)
-        if resume and on_main(lambda: has_saved_run(self.dir)):
+        if resume:
             self.load()
-        elif resume and self.processes.is_main:
-            self.log(f"{self.dir} was not saved before it ended: it begins anew")
-            best = self.dir / "best.pt"
-            if best.exists():  # an error ended the run, after an epoch
-                kept = best.replace(self.dir / "best-before.pt")
-                self.log(f"its best network until then is now {kept}")
+        else:
+            self.save()  # a run can be resumed whenever it ends
         position = [self.epoch, self.step]
         if self.processes.all_reduce_max(*position) != position:
             raise UserError(f"{self.dir} is not the same for all processes; is the folder shared?")
@@ -402,7 +396,7 @@ class Run:
 
     def close(self) -> None:
         """Close the progress bar, and let another process write to the run's folder."""
-        self.progress.close()
+        self.progress.bar.close()
         if self.lock:
             self.lock.release()
 
@@ -442,15 +436,15 @@ def make_run_dir(config: Config, output_dir: Path | None) -> Path:
 class Progress:
     """Show how a run goes: a bar on a terminal, a line a minute elsewhere; and the time left."""
 
-    WARM_UP_STEPS = 2  # slow ones at the start, which are not timed
+    WARM_UP_STEPS = 2  # slow ones at the start, which the estimate leaves out
     FIRST_ESTIMATE = 8  # steps after which the time left is told for the first time
 
     def __init__(self, run: Run):
         self.run = run
         self.steps, self.timed_seconds = 0, 0.0
-        self.last_shown = time.monotonic()
         self.mixed = " of mixed images" if run.mix.probability > 0 else ""
-        self.bar: tqdm | None = None
+        self.bar = tqdm(disable=True)
+        self.last_shown = time.monotonic()
 
     def start_epoch(self) -> None:
         """Open a bar, and start the clock."""
@@ -464,21 +458,12 @@ class Progress:
             disable=True if run.quiet else None,
         )
         self.interval = 60.0 if self.bar.disable else 1.0  # seconds
-        self.restart_clock()
+        self.clock = time.monotonic()
 
     def end_epoch(self) -> None:
         """Add the time that the device needed to finish its steps, and close the bar."""
         self.run.seconds += time.monotonic() - self.clock
-        self.close()
-
-    def close(self) -> None:
-        """Close the bar, if there is one."""
-        if self.bar is not None:
-            self.bar.close()
-
-    def restart_clock(self) -> None:
-        """Leave out the time since the last step."""
-        self.clock = time.monotonic()
+        self.bar.close()
 
     def step(self) -> None:
         """Count a step."""
@@ -492,55 +477,40 @@ class Progress:
 
     def is_due(self) -> bool:
         """Return whether it is time to show something, which has to wait for the device."""
-        if self.run.quiet:
-            return False
         is_first = self.steps == self.FIRST_ESTIMATE
-        return is_first or time.monotonic() - self.last_shown > self.interval
+        is_late = time.monotonic() - self.last_shown > self.interval
+        return not self.run.quiet and (is_first or is_late)
 
     def show(self, loss: float, accuracy: float) -> None:
         """Show mean loss and accuracy of the epoch so far and the time left."""
         run = self.run
+        text = f"loss {loss:.4f}, accuracy {accuracy:.2%}{self.mixed}{self.time_left()}"
         if self.bar.disable:
-            run.log(
-                f"epoch {run.epoch + 1}/{run.config.epochs}, step {run.step}/"
-                f"{run.steps_per_epoch}: training loss {loss:.4f}, accuracy {accuracy:.2%}"
-                f"{self.mixed}{self.time_left()}"
-            )
+            position = f"step {run.step}/{run.steps_per_epoch}"
+            run.log(f"epoch {run.epoch + 1}/{run.config.epochs}, {position}: training {text}")
         else:
-            text = f"loss {loss:.3f}, accuracy {accuracy:.1%}{self.mixed}{self.time_left()}"
             self.bar.set_postfix_str(text)
-        is_slow = run.device.type == "cpu" and (self.seconds_left() or 0) > 600
+        is_slow = run.device.type == "cpu" and self.seconds_left() > 3600
         if self.steps == self.FIRST_ESTIMATE and is_slow:
             with self.bar.external_write_mode():
-                run.log("quicker: --optimizer adam, fewer --epochs, --dataset shapes, or a GPU")
+                run.log("quicker: --optimizer muon, fewer --epochs, --dataset shapes, or a GPU")
         self.last_shown = time.monotonic()
 
     def log_epoch(self, row: dict) -> None:
         """Print a line about an epoch that is done."""
-        validation = ""
+        text = f"loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}{self.mixed}"
         if row["val_loss"] is not None:
-            validation = (
-                f"validation loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2%}; "
-            )
-        self.run.log(
-            f"epoch {row['epoch']}/{self.run.config.epochs}: "
-            f"training loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}"
-            f"{self.mixed}; {validation}{row['images_per_second']:,.0f} images/s{self.time_left()}"
-        )
+            text += f"; validation loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2%}"
+        speed = f"{row['images_per_second']:,.0f} images/s{self.time_left()}"
+        self.run.log(f"epoch {row['epoch']}/{self.run.config.epochs}: training {text}; {speed}")
 
     def time_left(self) -> str:
         """Return the time left for people, or nothing if it is unknown."""
         seconds = self.seconds_left()
-        return f"; about {duration(seconds)} left" if seconds and seconds >= 1 else ""
+        return f"; about {duration(seconds)} left" if seconds >= 1 else ""
 
-    def seconds_left(self) -> float | None:
-        """Return an estimate from all steps since the start; None after the first few."""
+    def seconds_left(self) -> float:
+        """Return an estimate from all steps since the start; 0 after the first few."""
         run = self.run
-        timed_steps = self.steps - self.WARM_UP_STEPS
-        if timed_steps < 1:
-            return None
-        # A validation image costs about a third of a training image: no backward pass.
-        val_images = len(run.val_split.labels) if run.val_split else 0
-        val_steps = (run.config.epochs - run.epoch) * val_images / run.config.batch_size / 3
-        steps = run.total_steps - run.global_step + val_steps
-        return steps * self.timed_seconds / timed_steps
+        timed_steps = max(1, self.steps - self.WARM_UP_STEPS)
+        return (run.total_steps - run.global_step) * self.timed_seconds / timed_steps

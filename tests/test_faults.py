@@ -61,7 +61,7 @@ def test_killed_run_loses_nothing_that_it_had_saved(tiny, monkeypatch, is_long):
     begun = time.monotonic()
     assert tiny(*options, "whole") == 0
     longest = time.monotonic() - begun
-    assert len(saved) == 12  # after each of 10 steps, and each of 2 validations
+    assert len(saved) == 13  # at the start, after each of 10 steps, and of 2 validations
     draw = random.Random(0)
     kills = while_writing = runs = 0
     small = "--dataset shapes --batch-size 8 --precision fp32 --device cpu".split()
@@ -70,6 +70,8 @@ def test_killed_run_loses_nothing_that_it_had_saved(tiny, monkeypatch, is_long):
         run, child = Path(f"run{runs}"), None
         while child is None or child.exitcode == -signal.SIGKILL:
             known = (run / "config.json").exists()
+            if not known:  # killed before it was a run
+                shutil.rmtree(run, ignore_errors=True)
             arguments = ["--resume", run] if known else [*small, *options, run]
             child = tiny_module.start(Path.cwd(), *arguments, UNITS=2048)
             child.join(draw.uniform(0, longest) if kills < wanted else 240)

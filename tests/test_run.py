@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import tiny as tiny_module
@@ -117,8 +118,7 @@ def test_times_are_those_of_the_steps_and_the_time_left_is_revised(
 ):
     """A step takes a second in the first epoch of three, three seconds later; a save a hundred.
 
-    The last epoch is stopped and resumed. A validation image costs a third of a training image, 20
-    of them 0.8 steps.
+    The last epoch is stopped and resumed.
     """
     clock = SimpleNamespace(seconds=0.0)
     save = Run.save
@@ -138,7 +138,7 @@ def test_times_are_those_of_the_steps_and_the_time_left_is_revised(
     assert tiny("--resume", "run") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "/3: training" in line]
     left = [line.rpartition("; ")[2] for line in lines]
-    assert left == ["about 12 seconds left", "about 13 seconds left", "3 images/s"]
+    assert left == ["about 10 seconds left", "about 11 seconds left", "3 images/s"]
     rows = read_rows("run/timing.csv")
     assert [float(row["seconds"]) for row in rows] == [5, 15, 15]
     assert [float(row["images_per_second"]) for row in rows] == [8, 2.7, 2.7]
@@ -206,7 +206,7 @@ def test_second_ctrl_c_stops_at_once_and_saves_nothing(tiny, monkeypatch, after_
 
     after_step(interrupt_twice)
     assert tiny("--epochs", 2, "--output-dir", "run") == 128 + signal.SIGINT
-    assert not list(Path("run").glob("*.pt"))
+    assert torch.load("run/last.pt")["epoch"] == 0
     first, second = capfd.readouterr().err.split("\n", 1)[1].splitlines()
     assert first == "stopping after this step; Ctrl-C again: at once, unsaved"
     assert second == "train.py: interrupted"
@@ -270,14 +270,13 @@ def test_finished_run_says_so_and_can_be_lengthened(tiny_run, tiny, capsys):
     assert len(starts) == 2
 
 
-def test_run_killed_before_its_first_save_begins_anew(tiny_run, tiny, capsys):
-    expected = (tiny_run / "metrics.csv").read_bytes()
-    for path in tiny_run.iterdir():
-        if path.name != "config.json":
-            path.unlink()
-    assert tiny("--resume", "run") == 0
-    assert "run was not saved before it ended: it begins anew" in capsys.readouterr().out
-    assert (tiny_run / "metrics.csv").read_bytes() == expected
+def test_run_can_be_resumed_from_before_its_first_step(tiny_run, tiny):
+    """As after kill -9 in the first minutes."""
+    with mock.patch.object(Run, "batches", side_effect=KeyboardInterrupt):
+        assert tiny("--epochs", 2, "--output-dir", "killed") == 128 + signal.SIGINT
+    assert torch.load("killed/last.pt")["progress"]["step"] == 0
+    assert tiny("--resume", "killed") == 0
+    assert Path("killed/metrics.csv").read_bytes() == (tiny_run / "metrics.csv").read_bytes()
 
 
 def test_what_a_killed_process_had_begun_to_write_is_deleted(tiny):
@@ -352,7 +351,7 @@ RESUME = "--resume run --epochs 3"
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        (lambda run: (run / "last.pt").unlink(), RESUME, "--resume run: its last.pt is gone"),
+        (lambda run: (run / "last.pt").unlink(), RESUME, "cannot read run/last.pt: No such file"),
         (cut, RESUME, "run/last.pt is truncated or damaged"),
         (take_from_another_run, RESUME, "last.pt is not of this run: its 'lr' is not 0.01"),
         (FolderLock, RESUME, "another process is writing to"),
@@ -417,15 +416,13 @@ def test_nan_stops_the_run_and_keeps_the_best(tiny, error_of, monkeypatch, capfd
     monkeypatch.setattr(train, "lr_at", lambda run, step: 1e30 if step >= 6 else lr_at(run, step))
     error = error_of("--epochs", 3, "--output-dir", "run")
     assert "the loss became nan in epoch 2, step 3; start a new run with a lower --lr" in error
-    assert error.endswith("Kept from before: run/best.pt")
+    assert error.endswith("Kept from before: run/last.pt and run/best.pt")
     kept = torch.load("run/best.pt")
     assert kept["epoch"] == 1
     assert all(weight.isfinite().all() for weight in kept["weights"].values())
 
     monkeypatch.setattr(train, "lr_at", lr_at)
     assert tiny("--resume", "run") == 0
-    assert "its best network until then is now run/best-before.pt" in capfd.readouterr().out
-    assert same(torch.load("run/best-before.pt"), kept)
     assert torch.load("run/last.pt")["epoch"] == 3
 
 
@@ -445,17 +442,22 @@ def test_weights_gone_wrong_are_not_saved(
     monkeypatch.setattr(train, "lr_at", lambda run, step: math.inf if step == bad_step else 1e-3)
     error = error_of(*options.split(), "--output-dir", "run")
     assert f"a weight became NaN or infinite in epoch 1, step {bad_step + 1}" in error
-    assert "Kept from before: nothing, no epoch was finished" in error
-    assert not list(Path("run").glob("*.pt"))
+    assert error.endswith("Kept from before: run/last.pt")
+    [kept] = Path("run").glob("*.pt")
+    assert torch.load(kept)["progress"]["step"] == 0
 
 
 def test_first_of_two_errors_is_told(tiny, monkeypatch, capsys):
     """From the second, in keeping the best network, nobody could see what went wrong."""
 
-    def no_room(run):
-        raise OSError("there is no room")
+    save_best = Run.save_best
 
-    monkeypatch.setattr(Run, "save_best", no_room)
+    def save_best_in_little_room(run):
+        if run.epoch:
+            raise OSError("there is no room")
+        save_best(run)
+
+    monkeypatch.setattr(Run, "save_best", save_best_in_little_room)
     monkeypatch.setattr(train, "lr_at", lambda run, step: 1e30 if step >= 6 else 1e-3)
     assert tiny("--epochs", 2) == 2
     second, first = capsys.readouterr().err.splitlines()
