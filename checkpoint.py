@@ -42,7 +42,6 @@ PICKLED = {
     "torch LongStorage",
     "torch._utils _rebuild_tensor_v2",
 }
-VALIDATION = {"val_loss", "val_accuracy"}
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -231,22 +230,16 @@ def check_progress(
     """
     check_dicts(content, "progress", "optimizer", "scaler")
     check_dicts(content["optimizer"], "state")
-    progress, epoch = content["progress"], content["epoch"]
-    history, step = progress["history"], progress["step"]
-    if not isinstance(history, list):
-        raise TypeError("its history is not a list")
-    if type(step) is not int or not 0 <= step <= steps_per_epoch:
+    progress, history = content["progress"], content["progress"]["history"]
+    if type(progress["step"]) is not int or not 0 <= progress["step"] <= steps_per_epoch:
         raise ValueError("it has no such step")
-    if len(history) != epoch:
-        raise ValueError(f"its history is not one of {epoch!a:.40} epochs")
-    absent = set() if validated else VALIDATION
-    if any(row[name] is not None for row in history for name in absent):
-        raise ValueError("its history has validations, and the run has none")
+    if not isinstance(history, list) or len(history) != content["epoch"]:
+        raise ValueError("its history is not that of its epochs")
+    # The peak memory is unknown on some systems.
+    optional = {"peak_memory_mib"} if validated else {"peak_memory_mib", "val_loss", "val_accuracy"}
     numbers = [progress["seconds"], *content["scaler"].values()]
     for row in history:
-        numbers += [row[name] for name in columns if name not in absent | {"peak_memory_mib"}]
-        if row["peak_memory_mib"] is not None:  # unknown on some systems
-            numbers.append(row["peak_memory_mib"])
+        numbers += [row[name] for name in columns if name not in optional or row[name] is not None]
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
         raise ValueError("its history is not made of numbers")
 

@@ -371,15 +371,10 @@ def peak_memory_mib(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) // 2**20
-    with contextlib.suppress(OSError):  # Linux, whose getrusage counts the parent's memory as well
+    with contextlib.suppress(OSError):  # Linux
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) // 2**10  # from KiB
-    with contextlib.suppress(ImportError):
-        import resource  # not on Windows
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak // (2**20 if sys.platform == "darwin" else 2**10)
     return None
 
 
