@@ -20,6 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from utils import UserError, select_device, summarize_error
 
 T = TypeVar("T")
+# How long one process may keep the others waiting: for a download, perhaps. When one dies, torchrun
+# ends the others at once.
+TIMEOUT = timedelta(days=1)
 
 
 def _number(variable: str, default: int) -> int:
@@ -39,7 +42,6 @@ class Processes:
         local_rank: this process's number on its machine.
         is_main: whether this is the process that writes files and prints: rank 0.
         shard: the slice of a batch that is this process's; together they have each item once.
-        max_restarts: how often torchrun may start all of them anew after one has died.
     """
 
     def __init__(self):
@@ -48,33 +50,22 @@ class Processes:
         self.local_rank = _number("LOCAL_RANK", 0) if self.world_size > 1 else 0
         self.is_main = self.rank == 0
         self.shard = slice(self.rank, None, self.world_size)
-        self.max_restarts = _number("TORCHELASTIC_MAX_RESTARTS", 0)
-        self._patient_group = None
 
-    def connect(self, timeout: timedelta | None = None) -> None:
+    def connect(self) -> None:
         """Wait until all processes are there. They talk by NCCL between GPUs, else by gloo.
 
-        timeout is how long one may keep the others waiting, by default torch's.
-
-        Raises UserError if torchrun's variables are incomplete, or if restarted processes could
-        wait for ever for dead ones, whose addresses torchrun keeps unless it is told not to.
+        Raises UserError if torchrun's variables are incomplete.
         """
         if self.world_size == 1:
             return
-        if self.max_restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            raise UserError(
-                "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
-                "environment, and --standalone or --rdzv_backend=c10d"
-            )
         has_gpus = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=timeout)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=TIMEOUT)
         except ValueError as error:
             raise UserError(
                 f"WORLD_SIZE is {self.world_size}, but torchrun's other variables are not set "
                 f"({summarize_error(error)}); start with torchrun, or unset WORLD_SIZE"
             ) from error
-        self._patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def disconnect(self) -> None:
         """Wait for the others, then end: when one process exits, torchrun kills the rest."""
@@ -138,19 +129,12 @@ class Processes:
 
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Let one process of each machine go first: it downloads what the others then find.
-
-        The others wait for days if need be, not for the group's usual timeout.
-        """
+        """Let one process of each machine go first: it downloads what the others then find."""
         if self.local_rank > 0:
-            self._wait_patiently()
+            self.barrier()
         yield
         if self.local_rank == 0:
-            self._wait_patiently()
-
-    def _wait_patiently(self) -> None:
-        if self.world_size > 1:
-            dist.all_reduce(torch.zeros(1), group=self._patient_group)
+            self.barrier()
 
 
 def is_connection_lost(error: RuntimeError) -> bool:

@@ -212,14 +212,9 @@ def prepare(overrides: dict, processes: Processes) -> Run:
     """Return a new run, or a stopped one loaded; nothing is written before all of it is known."""
     settings = dict(overrides)
     resume, output_dir = settings.pop("resume", None), settings.pop("output_dir", None)
-    if processes.max_restarts and not (resume or output_dir):
-        raise UserError("torchrun --max-restarts needs --output-dir: a restart must find the run")
     processes.connect()
-    # torchrun repeats the command that made the run. The main process decides for all: machines
-    # may see a change in a shared folder at different times.
+    # Decides for all: machines may see a change in a shared folder at different times.
     on_main = processes.broadcast_from_main
-    if processes.max_restarts and output_dir:
-        resume = output_dir if on_main(lambda: (output_dir / "config.json").exists()) else None
     config, starts = on_main(
         lambda: resumed_config(resume, settings) if resume else (new_config(settings), [])
     )

@@ -140,37 +140,35 @@ def test_shards_too_small_to_mix(tmp_path):
     assert (codes, error) == ([0] * 3, "")
 
 
-def test_torchrun_starts_a_run_anew_whose_process_was_killed(one, tmp_path):
-    """Rank 1 dies by kill -9 in the second epoch; the result is that of an undisturbed run."""
+def test_torchrun_starts_a_run(one, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["--max-restarts=1", str(ROOT / "tests" / "tiny.py"), *OPTIONS]
-    environment = {"OMP_NUM_THREADS": "1", "FAULT": "SIGKILL 1 1 2"}
-    environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    command += [str(ROOT / "tests" / "tiny.py"), *OPTIONS]
     done = subprocess.run(
-        [*command, "--save-every", "0.000001"],
-        cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, timeout=300,
+        command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "resumed after epoch 1, step 2" in done.stdout
     assert "evaluate it with: python evaluate.py run/best.pt" in done.stdout
     assert metrics(tmp_path) == pytest.approx(metrics(one), rel=1e-3)
 
 
-def wait_for_download(rank, port):
+def wait_for_download(rank, port, folder):
     os.environ.update(variables(rank, 2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
     processes = Processes()
-    processes.connect(timeout=timedelta(seconds=2))
+    processes.connect()
     with processes.main_process_first():
         if rank == 0:
-            time.sleep(4)
-    assert processes.all_reduce_max(rank) == [1]
+            time.sleep(1)
+            (folder / "data").touch()
+        assert (folder / "data").exists()
     processes.disconnect()
 
 
-def test_main_process_may_take_longer_than_the_groups_timeout():
-    """As long as a download takes; the others wait."""
+def test_one_process_downloads_and_the_others_wait(tmp_path):
+    """For an hour if need be; torch's own timeouts are 10 and 30 minutes."""
+    assert timedelta(hours=1) < distributed.TIMEOUT
     port = free_port()
-    both = [tiny_module.start_function(wait_for_download, rank, port) for rank in (0, 1)]
+    both = [tiny_module.start_function(wait_for_download, rank, port, tmp_path) for rank in (0, 1)]
     for process in both:
         process.join(60)
         assert process.exitcode == 0
@@ -226,7 +224,6 @@ def test_each_process_has_its_own_device(monkeypatch, device, gpus, result):
     [
         ("--batch-size 1", {"WORLD_SIZE": "2"}, "--batch-size 1 is too small for 2 processes"),
         ("--batch-size 3 --mix cutmix", {"WORLD_SIZE": "2"}, "with --mix cutmix; give at least 4"),
-        ("", {"TORCHELASTIC_MAX_RESTARTS": "1"}, "--max-restarts needs --output-dir"),
         ("", {"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number; unset it"),
     ],
 )
@@ -244,17 +241,7 @@ def test_bad_command_with_torchrun_is_one_line(monkeypatch, capsys, options, nam
     assert message in error
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ({}, "start with torchrun, or unset WORLD_SIZE"),
-        (
-            {"TORCHELASTIC_MAX_RESTARTS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"},
-            "needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
-        ),
-    ],
-)
-def test_processes_that_cannot_connect_say_what_to_set(monkeypatch, names, message):
+def test_processes_that_cannot_connect_say_what_to_set(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match=message):
-        make(monkeypatch, **variables(0, 2, **names)).connect()
+    with pytest.raises(UserError, match="start with torchrun, or unset WORLD_SIZE"):
+        make(monkeypatch, **variables(0, 2)).connect()

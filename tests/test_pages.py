@@ -24,7 +24,7 @@ PAGES = {
 }
 SCRIPTS = ["train", "evaluate", "predict", "figures"]
 SCRIPTS += [f"research.{name}" for name in ("ablate", "benchmark", "tables")]
-FOREIGN_OPTIONS = {"--nproc_per_node", "--standalone", "--max-restarts", "--rdzv_backend"}
+FOREIGN_OPTIONS = {"--nproc_per_node"}
 FOREIGN_OPTIONS |= {"--index-url", "--long"}  # pip's, and tests/conftest.py's
 
 

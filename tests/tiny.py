@@ -2,7 +2,7 @@
 
 As a script it is train.py with both: python tests/tiny.py --dataset shapes. The environment
 variable FAULT, such as "SIGKILL 1 0 3", names a signal that a process sends itself, its rank, and
-the epoch and step (from 0) before which it does. A process that torchrun has restarted sends none.
+the epoch and step (from 0) before which it does.
 UNITS is how many units fc6 and fc7 have.
 """
 
@@ -72,8 +72,7 @@ def inject_fault(set_attribute=setattr) -> None:
         name, *position = os.environ["FAULT"].split()
         for batch in batches(self):
             here = [self.processes.rank, self.epoch, self.step]
-            restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-            if position == list(map(str, here)) and not restarted:
+            if position == list(map(str, here)):
                 signal.raise_signal(getattr(signal, name))
             yield batch
 
