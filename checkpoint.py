@@ -4,7 +4,8 @@
 
 A checkpoint is a dictionary of tensors and plain values: format, format_version, model (settings of
 AlexNet), layers (their types), weights, classes, preprocessing, training (settings of the run),
-epoch; in last.pt also optimizer, scaler and progress, which resuming needs.
+epoch; in last.pt also optimizer, scaler and progress, which resuming needs. compact.py writes
+smaller ones.
 """
 
 import math
@@ -12,6 +13,7 @@ import pickletools
 import warnings
 import zipfile
 from collections.abc import Collection
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ FORMAT_VERSION = 2
 PICKLED = {
     "collections OrderedDict",
     "torch BoolStorage",
+    "torch CharStorage",
     "torch FloatStorage",
     "torch IntStorage",
     "torch LongStorage",
@@ -139,16 +142,36 @@ def load_network(path: str | Path) -> tuple[AlexNet, Preprocessing, dict]:
         preprocessing = _check_content(checkpoint)
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
             network = AlexNet(**checkpoint["model"])
+        weights = multiply_out(checkpoint["weights"], network)
+        _check_weights(weights)
         if checkpoint["layers"] != layer_types(network):
             raise UserError(
                 f"{path} holds a network with other layers than AlexNet in model.py; "
                 "change model.py as it was in training"
             )
-        network.load_state_dict(checkpoint["weights"], assign=True)
+        network.load_state_dict(weights, assign=True)
     except DAMAGE_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise UserError(f"{path} is not a complete checkpoint ({reason}); use another") from error
     return network.eval(), preprocessing, checkpoint
+
+
+def multiply_out(weights: dict, network: nn.Module) -> dict:
+    """Return a checkpoint's weights with those of compact.py as the float32 tensors they stand for.
+
+    Those are lists of factors: matrices of int8 numbers, each with a scale for every row.
+    """
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    expanded = {}
+    for name, value in weights.items():
+        if isinstance(value, list):
+            factors = [numbers.float() * scales for numbers, scales in value]
+            rows, columns = factors[0].shape[0], factors[-1].shape[1]
+            if rows * columns != shapes[name].numel():  # before it takes memory
+                raise ValueError(f"{name!a:.40} has another size")
+            value = reduce(torch.matmul, factors).view(shapes[name])
+        expanded[name] = value
+    return expanded
 
 
 def layer_types(network: nn.Module) -> list[str]:
@@ -192,7 +215,6 @@ def _check_content(checkpoint: dict) -> Preprocessing:
     check_dicts(checkpoint, "model", "weights", "preprocessing", "training")
     model, training, classes = (checkpoint[name] for name in ("model", "training", "classes"))
     _check_plain(*model.values(), *training, *training.values())
-    _check_weights(checkpoint["weights"])
     if not isinstance(classes, list):
         raise TypeError("the classes are not a list")
     if len(classes) != model["num_classes"] or not all(map(str.isprintable, classes)):

@@ -17,6 +17,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import tiny as tiny_module
 
+import compact
 import figures
 import train
 from checkpoint import layer_types
@@ -113,8 +114,9 @@ def tiny(signal_handlers, monkeypatch, tmp_path):
         if script is train and "--resume" not in arguments:
             small = ["--dataset", "shapes", "--batch-size", "8", "--precision", "fp32"]
             arguments = [*small, *arguments]
-        device = [] if "--device" in arguments else ["--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments, *device])
+        if script is not compact and "--device" not in arguments:
+            arguments += ["--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
         with pytest.raises(SystemExit) as stopped:
             run_script(script.main)
         return stopped.value.code or 0
