@@ -153,7 +153,7 @@ def test_times_are_those_of_the_steps_and_the_time_left_is_revised(
         "",
         "--momentum 0",
         "--optimizer adam",
-        "--optimizer muon",
+        "--optimizer muon --deterministic",
         "--recipe paper",
         "--mix cutmix --mix-probability 0.5",
         "--precision fp16 --train-images 10 --batch-size 2",
