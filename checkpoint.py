@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dataset import DATASETS
 from model import IMAGE_SIZE, AlexNet, LocalResponseNorm
+from pictures import LARGE_SIZE
 from transforms import ENLARGED_SIZE, Preprocessing
 from utils import (
     DAMAGE_ERRORS,
@@ -33,7 +34,7 @@ from utils import (
 )
 
 FORMAT = "alexnet-cifar10"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # All that a checkpoint calls when it is loaded. torch allows more, such as bytearray, which makes
 # any amount of memory out of a few bytes.
 PICKLED = {
@@ -197,8 +198,11 @@ def check_dicts(content: dict, *names: str) -> None:
 
 def _check_plain(*values) -> None:
     """Raise TypeError for anything whose comparison or printing could take for ever."""
-    if not all(isinstance(value, str | int | float | None) for value in values):
-        raise TypeError("a setting is not a plain value")
+    for value in values:
+        if isinstance(value, list):  # of classes
+            _check_plain(*value)
+        elif not isinstance(value, str | int | float | None):
+            raise TypeError("a setting is not a plain value")
 
 
 def _check_weights(weights: dict) -> None:
@@ -225,7 +229,8 @@ def _check_content(checkpoint: dict) -> Preprocessing:
             raise ValueError("preprocessing needs 3 means and 3 standard deviations")
     sizes = preprocessing.size, preprocessing.enlarged_size
     allowed = (IMAGE_SIZE, IMAGE_SIZE), (IMAGE_SIZE, ENLARGED_SIZE)
-    if min(preprocessing.std) <= 0 or sizes not in allowed:
+    is_fitting = sizes in allowed and 0 < preprocessing.image_size <= LARGE_SIZE
+    if min(preprocessing.std) <= 0 or not is_fitting:
         raise ValueError("the preprocessing does not fit the network")
     if training["dataset"] not in DATASETS or training["precision"] not in PRECISIONS:
         raise ValueError("the data set or the precision is unknown")

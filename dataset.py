@@ -1,4 +1,4 @@
-"""Where images come from: CIFAR-10 and the built-in shapes, as uint8 images in three splits.
+"""Where images come from: CIFAR, a folder of pictures or the built-in shapes, in three splits.
 
     dataset = load_dataset("cifar10")
     dataset.train.images  # uint8 [45000, 3, 32, 32]
@@ -7,43 +7,49 @@
 transforms.py turns them into the network's input.
 """
 
-import os
-import socket
-import tempfile
-from dataclasses import dataclass
-from http.client import HTTPException
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity, extract_archive
 
-from utils import UserError, user_file
+from cifar import DEFAULT_DATA_DIR, KINDS, find_data_dir, load_cifar
+from pictures import SPLITS, choose_classes, common_size, decode, find_pictures
+from utils import UserError, log
 
-DATASETS = {"cifar10": "CIFAR-10", "shapes": "shapes"}  # names for options and for people
-DEFAULT_DATA_DIR = "data"
-VALIDATION_IMAGES_PER_CLASS = 500
-NETWORK_TIMEOUT = 30.0  # seconds; without it a silent network would hang
+# Names for options and for people.
+DATASETS = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "folder": "a folder of pictures",
+    "shapes": "shapes",
+}
+HELD_OUT = 0.1  # part of each class that is held out for a split which a data set lacks
 # Not a run's seed: every run has the same validation images and the same shapes.
 DATA_SEED = 2012
 
 
 class Split(NamedTuple):
-    """Images uint8 [N, 3, H, W] and their classes int64 [N], on one device."""
+    """Images uint8 [N, 3, H, W] and their classes int64 [N].
+
+    Both on one device, but for images that are too many for a GPU: they remain on the CPU.
+    """
 
     images: Tensor
     labels: Tensor
 
     def to(self, device: torch.device) -> "Split":
-        """Return the split on that device."""
-        return Split(self.images.to(device), self.labels.to(device))
+        """Return the split on that device, without images that would take half of a GPU's rest."""
+        images = self.images
+        if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            images = images.to(device)
+        return Split(images, self.labels.to(device))
 
     def select(self, index: Tensor) -> "Split":
         """Return the images at these indices, int64 [n], or where a mask, bool [N], is true."""
-        return Split(self.images[index], self.labels[index])
+        return Split(self.images[index.to(self.images.device)], self.labels[index])
 
     def joined_with(self, other: "Split") -> "Split":
         """Return all images of this split, then all of the other."""
@@ -52,40 +58,117 @@ class Split(NamedTuple):
 
 @dataclass
 class Dataset:
-    """The three splits of a data set and the names of its classes."""
+    """The three splits of a data set and the names of its classes.
+
+    names: for each split that comes from files those of its images, in order.
+    """
 
     classes: list[str]
     train: Split
     val: Split
     test: Split
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def only(self, classes: list[str] | None) -> "Dataset":
+        """Return the data set with these classes alone, numbered in this order."""
+        classes = choose_classes(classes, self.classes)
+        if classes == self.classes:
+            return self
+        numbers = torch.full((len(self.classes),), -1)
+        numbers[[self.classes.index(name) for name in classes]] = torch.arange(len(classes))
+        splits = []
+        for split in (self.train, self.val, self.test):
+            labels = numbers[split.labels]
+            splits.append(Split(split.images, labels).select(labels >= 0))
+        return Dataset(classes, *splits)
 
 
-def load_dataset(name: str, data_dir: str | Path = DEFAULT_DATA_DIR) -> Dataset:
-    """Load "cifar10" (downloaded if need be) or draw "shapes", on the CPU.
+def load_dataset(
+    name: str,
+    data_dir: str | Path = DEFAULT_DATA_DIR,
+    classes: list[str] | None = None,
+    quiet: bool = False,
+) -> Dataset:
+    """Load "cifar10" or "cifar100" (downloaded if need be), "folder", or draw "shapes", on the CPU.
 
-    Raises UserError if CIFAR-10 cannot be had or a file of it is damaged, ValueError for another
-    name.
+    classes: only these, by default all. quiet: a folder of pictures is read without a word.
+
+    Raises UserError if the data cannot be had or is damaged, ValueError for another name.
     """
-    if name == "cifar10":
-        return load_cifar10(Path(data_dir))
+    if name == "folder":
+        return load_folder(Path(data_dir), classes, quiet=quiet)
     if name == "shapes":
-        return draw_shapes()
-    raise ValueError(f"no data set is called {name!r}; there are {', '.join(DATASETS)}")
+        return draw_shapes().only(classes)
+    if name not in KINDS:
+        raise ValueError(f"no data set is called {name!r}; there are {', '.join(DATASETS)}")
+    all_classes, train, test = load_cifar(name, Path(data_dir))
+    train, held_out = Split(*train), held_out_mask(train[1])
+    dataset = Dataset(all_classes, train.select(~held_out), train.select(held_out), Split(*test))
+    return dataset.only(classes)
 
 
-def stratified_split(split: Split, held_out_per_class: int) -> tuple[Split, Split]:
-    """Hold out images of each class, the same ones at every call.
+def load_folder(
+    folder: Path,
+    classes: list[str] | None = None,
+    size: int | None = None,
+    wanted: tuple[str, ...] = SPLITS,
+    is_foreign: bool = False,
+    quiet: bool = False,
+) -> Dataset:
+    """Load pictures from FOLDER/train/CLASS, FOLDER/val/CLASS, FOLDER/test/CLASS or FOLDER/CLASS.
 
-    Returns what is left and what was held out, each in the split's order.
+    A split that is missing is held out from the training pictures, the same ones at every call.
+
+    Args:
+        classes: only these, in this order; by default all.
+        size: side of the images in pixels; by default common_size().
+        wanted: the splits to read; the others are empty.
+        is_foreign: whether the network was not trained on this folder, so that all pictures of one
+            without splits may be test images.
     """
-    # RandomState's stream is frozen: the split is the same under every NumPy.
-    random = np.random.RandomState(DATA_SEED)
-    labels = split.labels.numpy()
-    held_out = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        held_out[random.permutation(members)[:held_out_per_class]] = True
-    return split.select(torch.from_numpy(~held_out)), split.select(torch.from_numpy(held_out))
+    found = find_pictures(folder, classes)
+    files = dict(found.files)
+    if is_foreign and "all" in files:
+        files = {"train": [], "val": [], "test": files["all"]}
+    elif "all" in files:
+        files["train"] = files.pop("all")
+    size = size or common_size([path for pairs in files.values() for path, _ in pairs])
+    added = [split for split in ("test", "val") if split not in files]
+    train, counts = files["train"], None
+    for split in added:
+        labels = torch.tensor([label for _, label in train])
+        if counts is None:
+            counts = labels.bincount()
+            if counts.min() <= len(added):
+                name = found.classes[counts.argmin()]
+                raise UserError(
+                    f"{folder}: {counts.min()} pictures of the class {name} are too few"
+                )
+        held_out = held_out_mask(labels, counts)
+        files[split] = [pair for pair, chosen in zip(train, held_out, strict=True) if chosen]
+        train = [pair for pair, chosen in zip(train, held_out, strict=True) if not chosen]
+    files["train"] = train
+    splits, names = {}, {}
+    for split in SPLITS:
+        images, labels, names[split] = decode(files[split] if split in wanted else [], size, quiet)
+        splits[split] = Split(images, labels)
+    numbers = [
+        f"{len(names[split]):,} for {purpose}{' (held out)' if split in added else ''}"
+        for split, purpose in (("train", "training"), ("val", "validation"), ("test", "test"))
+        if split in wanted
+    ]
+    if not quiet:
+        log(f"{folder}: {len(found.classes)} classes, {size}x{size} pixels: {', '.join(numbers)}")
+    return Dataset(found.classes, **splits, names=names)
+
+
+def held_out_mask(labels: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Return bool [N], true for a tenth of each class, the same images at every call.
+
+    counts: how many images each class has, if labels are not all of them.
+    """
+    counts = labels.bincount() if counts is None else counts
+    return _stratified_mask(labels, [max(1, round(HELD_OUT * count)) for count in counts.tolist()])
 
 
 def stratified_subset(split: Split, size: int) -> Split:
@@ -100,127 +183,24 @@ def stratified_subset(split: Split, size: int) -> Split:
             f"--train-images {size} is not a multiple of {len(counts)} from {len(counts)} to "
             f"{counts.min() * len(counts)}: the same number of images of each class"
         )
-    return stratified_split(split, per_class)[1]
+    return split.select(_stratified_mask(split.labels, [per_class] * len(counts)))
 
 
-# --- CIFAR-10 (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html) ---
+def _stratified_mask(labels: Tensor, chosen: list[int]) -> Tensor:
+    """Return bool [N], true for so many images of each class."""
+    # RandomState's stream is frozen: the choice is the same under every NumPy.
+    random = np.random.RandomState(DATA_SEED)
+    mask = np.zeros(len(labels), dtype=bool)
+    for label, count in enumerate(chosen):
+        members = np.flatnonzero(labels.numpy() == label)
+        mask[random.permutation(members)[:count]] = True
+    return torch.from_numpy(mask)
 
 
-class _CheckedCIFAR10(CIFAR10):
-    """CIFAR10 without torchvision's own check, which would hash all files for each split."""
-
-    def _check_integrity(self) -> bool:
-        return True
-
-
-def load_cifar10(data_dir: Path) -> Dataset:
-    """Return CIFAR-10 in data_dir: 45,000 training, 5,000 validation and 10,000 test images.
-
-    Looks for the folder cifar-10-batches-py, then for the archive cifar-10-python.tar.gz, then
-    downloads. Every file's MD5 is checked before it is opened.
-
-    Raises UserError, naming the file, if one is damaged, or if there is no way to the data.
-    """
-    _check_data_dir(data_dir)
-    if not _has_cifar10(data_dir):
-        _fetch_cifar10(data_dir)
-    train = _CheckedCIFAR10(data_dir, train=True)
-    rest, val = stratified_split(_to_split(train), VALIDATION_IMAGES_PER_CLASS)
-    test = _to_split(_CheckedCIFAR10(data_dir, train=False))
-    return Dataset(list(train.classes), rest, val, test)
-
-
-def find_data_dir(settings: dict) -> Path:
-    """Return the folder where a run had CIFAR-10, if it is still there, else the default one."""
-    folder = Path(str(settings.get("data_dir", DEFAULT_DATA_DIR)))
-    files = [folder / CIFAR10.base_folder / name for name in _checksums()]
-    # Unlike Path.is_file(), this raises nothing for a folder that is closed to this user.
-    return folder if all(map(os.path.isfile, files)) else Path(DEFAULT_DATA_DIR)
-
-
-def _to_split(cifar: CIFAR10) -> Split:
-    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.tensor(cifar.targets))
-
-
-def _check_data_dir(data_dir: Path) -> None:
-    if data_dir == Path(DEFAULT_DATA_DIR):
-        with user_file("make the folder", data_dir):
-            data_dir.mkdir(exist_ok=True)
-    with user_file("read", data_dir):
-        if not data_dir.is_dir():
-            raise UserError(f"--data-dir {data_dir} is not a folder; make it or name another")
-        folder = data_dir.resolve()
-        is_inner = not (folder / CIFAR10.base_folder).exists()
-    if folder.name == CIFAR10.base_folder and is_inner:
-        raise UserError(
-            f"--data-dir {data_dir} is the data's own folder; name the one that it is in: "
-            f"{folder.parent}"
-        )
-
-
-def _checksums() -> dict[str, str]:
-    """Return the MD5 of each file of CIFAR-10, by name."""
-    meta = {CIFAR10.meta["filename"]: CIFAR10.meta["md5"]}
-    return {**dict(CIFAR10.train_list + CIFAR10.test_list), **meta}
-
-
-def _has_cifar10(data_dir: Path) -> bool:
-    """Return whether every file is there and intact. Raises UserError for a damaged one."""
-    complete = True
-    for name, md5 in _checksums().items():
-        path = data_dir / CIFAR10.base_folder / name
-        with user_file("read", path):
-            exists = path.exists()
-        if exists:
-            _check_md5(path, md5)
-        else:
-            complete = False
-    return complete
-
-
-def _check_md5(path: Path, md5: str) -> None:
-    with user_file("read", path):
-        if not check_integrity(path, md5):
-            raise UserError(f"{path} is damaged (its MD5 is not {md5}); delete it and run again")
-
-
-def _fetch_cifar10(data_dir: Path) -> None:
-    """Unpack the archive in data_dir, or else a downloaded one, and put the files in place."""
-    archive = data_dir / CIFAR10.filename
-    if archive.exists():
-        _check_md5(archive, CIFAR10.tgz_md5)
-    if not os.access(data_dir, os.W_OK):
-        raise UserError(
-            f"{data_dir} is not writable, and not all of {CIFAR10.base_folder} is in it; unpack "
-            f"{CIFAR10.filename} elsewhere, and name that folder with --data-dir"
-        )
-    # Unpacked aside, so that an interruption leaves nothing that looks like the data.
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpacking-") as aside:
-        try:
-            if archive.exists():
-                extract_archive(str(archive), aside)
-            else:
-                _download_cifar10(aside)
-        except (OSError, RuntimeError, HTTPException) as error:
-            raise UserError(
-                f"CIFAR-10 is not in {data_dir}, and fetching it from {CIFAR10.url} failed "
-                f"({error}). Copy {CIFAR10.filename} into {data_dir}, or name the folder that "
-                "holds it with --data-dir, or try --dataset shapes, which needs no download"
-            ) from error
-        folder = data_dir / CIFAR10.base_folder
-        with user_file("write to", folder):
-            folder.mkdir(exist_ok=True)
-            for file in (Path(aside) / CIFAR10.base_folder).iterdir():
-                file.replace(folder / file.name)
-
-
-def _download_cifar10(folder: str) -> None:
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)
-    try:
-        CIFAR10(folder, download=True)
-    finally:
-        socket.setdefaulttimeout(None)
+def data_dir_of(settings: dict) -> Path:
+    """Return the folder of a run's data; for CIFAR, if it is gone, the one to download to."""
+    name, data_dir = settings["dataset"], str(settings.get("data_dir", DEFAULT_DATA_DIR))
+    return find_data_dir(name, data_dir) if name in KINDS else Path(data_dir)
 
 
 # --- Shapes: ten classes drawn by this program ---

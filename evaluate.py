@@ -5,6 +5,7 @@ Network and preprocessing are rebuilt from the checkpoint alone, which also name
 
 import argparse
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 
 import figures
 from checkpoint import load_network
-from dataset import DATASETS, DEFAULT_DATA_DIR, Dataset, Split, find_data_dir, load_dataset
+from dataset import (
+    DATASETS,
+    DEFAULT_DATA_DIR,
+    Dataset,
+    Split,
+    data_dir_of,
+    load_dataset,
+    load_folder,
+)
 from model import LocalResponseNorm
 from predict import Classifier, eval_batch_size, top_predictions
 from utils import (
@@ -31,6 +40,7 @@ from utils import (
     select_device,
     select_precision,
     to_device,
+    write_csv,
     write_json,
 )
 
@@ -121,6 +131,18 @@ def summarize(logits: Tensor, labels: Tensor, classes: list[str]) -> dict:
         "most_confused": sorted(errors, key=lambda pair: -pair["images"])[:5],
         "confusion_matrix": matrix,
     }
+
+
+def write_predictions(
+    path: Path, names: Iterable, labels: Tensor, logits: Tensor, classes: list[str]
+) -> None:
+    """Write a CSV file with a row for each image: its name, class, prediction, probabilities."""
+    rows = [
+        {"image": name, "label": classes[label], "prediction": classes[row.index(max(row))]}
+        | {f"p({one})": f"{value:.6f}" for one, value in zip(classes, row, strict=True)}
+        for name, label, row in zip(names, labels.tolist(), logits.softmax(1).tolist(), strict=True)
+    ]
+    write_csv(path, rows[0], rows)
 
 
 def print_summary(one_view: dict, ten_views: dict | None = None) -> None:
@@ -273,7 +295,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", type=Path, help="a best.pt or last.pt")
     add("--split", choices=("test", "val"), default="test", help="default: test")
-    where = f"where the training found CIFAR-10, else {DEFAULT_DATA_DIR}"
+    add("--dataset", choices=DATASETS, help="with its classes; default: that of the training")
+    where = f"where the training found its data, else {DEFAULT_DATA_DIR}"
     add("--data-dir", type=Path, help=f"default: {where}")
     add_device_options(parser)
     views = "10: also the mean over four corners, center, and their horizontal flips; default: 1"
@@ -281,7 +304,22 @@ def parse_arguments() -> argparse.Namespace:
     what = "also save predictions, filters, feature maps, calibration and more"
     add("--figures", action="store_true", help=what)
     add("--json", type=output_file, metavar="FILE", help="write all results to FILE")
+    what = "write a row for each image to FILE: label, prediction, each class's probability"
+    add("--predictions", type=output_file, metavar="FILE", help=what)
     return parser.parse_args()
+
+
+def load_data(args: argparse.Namespace, training: dict, classes: list[str], size: int) -> Dataset:
+    """Return the data set to evaluate on: that of the training, or another with its classes."""
+    name = args.dataset or training["dataset"]
+    is_foreign = name != training["dataset"]
+    trained_on = data_dir_of(training)
+    folder = args.data_dir or (Path(DEFAULT_DATA_DIR) if is_foreign else trained_on)
+    if name != "folder":
+        return load_dataset(name, folder, classes)
+    is_foreign = is_foreign or folder.resolve() != trained_on.resolve()
+    wanted = ("train", args.split) if args.figures else (args.split,)
+    return load_folder(folder, classes, size, wanted, is_foreign)
 
 
 def main() -> None:
@@ -293,23 +331,26 @@ def main() -> None:
     training, classes = checkpoint["training"], checkpoint["classes"]
     if args.split == "val" and training.get("train_split") == "full":
         raise UserError(f"{args.checkpoint} was trained on the validation images; use --split test")
-    dataset = load_dataset(training["dataset"], args.data_dir or find_data_dir(training))
-    if dataset.classes != classes:
-        raise UserError(f"{args.checkpoint} has other classes than {training['dataset']}")
+    dataset = load_data(args, training, classes, preprocessing.image_size)
     split = getattr(dataset, args.split).to(device)
+    if not len(split.labels):
+        raise UserError(f"there are no {args.split} images of these classes")
 
-    batch_size = eval_batch_size(training["batch_size"])
     network = to_device(network, device)
+    batch_size = eval_batch_size(training["batch_size"])
     classifier = Classifier(network, classes, preprocessing, precision, batch_size)
     logits = classifier.logits(split.images)
     summary, ten_views = summarize(logits, split.labels, classes), None
     if args.views == 10:
         ten_views = summarize(classifier.ten_view_logits(split.images), split.labels, classes)
 
+    if args.predictions:
+        names = dataset.names.get(args.split, range(len(logits)))
+        write_predictions(args.predictions, names, split.labels, logits, classes)
     if args.json:
         record = {
             "checkpoint": str(args.checkpoint),
-            "dataset": training["dataset"],
+            "dataset": args.dataset or training["dataset"],
             "split": args.split,
             "epoch": checkpoint["epoch"],
             "precision": precision,
@@ -320,7 +361,7 @@ def main() -> None:
         }
         write_json(args.json, record)
 
-    name = f"{DATASETS[training['dataset']]}, {args.split} split"
+    name = f"{DATASETS[args.dataset or training['dataset']]}, {args.split} split"
     print(f"{args.checkpoint}: AlexNet, {checkpoint['epoch']} of {training['epochs']} epochs")
     view = "center crop" if preprocessing.enlarged_size > preprocessing.size else "whole image"
     print(f"{name}, {summary['images']:,} images, {view}, {precision} on {device_name(device)}\n")

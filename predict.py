@@ -2,57 +2,47 @@
 
 From Python, in this folder:
 
-    import torch
-    from predict import Classifier, read_image
+    from predict import Classifier
 
     classifier = Classifier.from_checkpoint("runs/cifar10-sgd/best.pt")
-    images = torch.stack([read_image("photo.jpg")])
-    classifier.probabilities(images)  # uint8 [N, 3, 32, 32] to [N, 10]
+    classifier("photo.jpg")  # [{"class": "cat", "probability": 0.93}, ...]
 """
 
 import argparse
-import io
 import math
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import figures
 from checkpoint import load_network
 from model import AlexNet
+from pictures import STDIN, list_pictures, read_image, to_tensor
 from transforms import Preprocessing, eval_batches, ten_crop_maps
 from utils import (
     OneLineParser,
     UserError,
     add_device_options,
     autocast,
-    is_out_of_memory,
     keep_freed_memory,
     output_file,
     positive_int,
     run_script,
     select_device,
     select_precision,
-    summarize_error,
     to_device,
     user_file,
     write_json,
 )
 
 MAX_BATCH_SIZE = 256
-FORMATS = ("JPEG", "PNG", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MAX_PIXELS = 2**26  # of an image; larger ones are refused before they are unpacked
-SIZE = 32  # pixels; what the network was trained on, and enlarged from
-STDIN = "-"
 FIGURE_IMAGES = 12
 
 
@@ -88,24 +78,42 @@ class Classifier:
         precision = select_precision(precision, target)
         return cls(to_device(network, target), checkpoint["classes"], preprocessing, precision)
 
+    def __call__(self, images, top: int = 3) -> list:
+        """Return the most probable classes of a picture, or of each picture in a list.
+
+        A picture is a file's name, a PIL image, or uint8 as an array [H, W, 3] or [H, W] or as a
+        tensor [3, H, W]. Its largest square in the middle is seen. The answer has for each class
+        a dictionary with class and probability (0..1), the highest first.
+
+        Raises UserError for a file that is no picture, TypeError or ValueError for other objects.
+        """
+        is_list = isinstance(images, list | tuple)
+        pictures = list(images) if is_list else [images]
+        size = self.preprocessing.image_size
+        tensors = [as_tensor(picture, size) for picture in pictures]
+        if not tensors:
+            return []
+        probabilities = self.probabilities(torch.stack(tensors))
+        results = [top_predictions(row, self.classes, top) for row in probabilities]
+        return results if is_list else results[0]
+
     def probabilities(self, images: Tensor) -> Tensor:
         """Return each class's probability, float32 [N, classes] on the CPU.
 
-        Takes uint8 images [N, 3, 32, 32], as read_image() makes them. Raises ValueError for
-        others: the network was trained on that size.
+        Takes uint8 images [N, 3, S, S] of the size that the network was trained on, 32 for CIFAR.
+        Raises ValueError for others.
         """
-        is_tensor = isinstance(images, Tensor)
-        if not is_tensor or images.shape[1:] != (3, SIZE, SIZE) or images.dtype != torch.uint8:
+        size, is_tensor = self.preprocessing.image_size, isinstance(images, Tensor)
+        if not is_tensor or images.shape[1:] != (3, size, size) or images.dtype != torch.uint8:
             found = f"{images.dtype} {list(images.shape)}" if is_tensor else type(images).__name__
             raise ValueError(
-                f"Classifier expects uint8 images of shape [N, 3, {SIZE}, {SIZE}], got {found}; "
-                "torch.stack([read_image(file)]) makes them of a file"
+                f"expected uint8 images of shape [N, 3, {size}, {size}], got {found}; for files, "
+                'call classifier("photo.jpg")'
             )
-        device = next(self.network.parameters()).device
-        return self.logits(images.to(device)).softmax(1).cpu()
+        return self.logits(images).softmax(1).cpu()
 
     def logits(self, images: Tensor, view: Tensor | None = None) -> Tensor:
-        """Return logits, float32 [N, classes], of uint8 images [N, 3, H, W] on the device.
+        """Return logits, float32 [N, classes] on the network's device, of uint8 [N, 3, H, W].
 
         view is the map [2, 3] through which all are seen, by default the preprocessing's.
         """
@@ -128,14 +136,32 @@ class Classifier:
         self, function: Callable[[Tensor], Tensor], images: Tensor, view: Tensor | None = None
     ) -> Tensor:
         self.network.eval()
-        batches = eval_batches(images, self.preprocessing, self.batch_size, view)
+        device = next(self.network.parameters()).device
+        batches = eval_batches(images, self.preprocessing, self.batch_size, view, device)
         total = math.ceil(len(images) / self.batch_size)
         disable = True if self.quiet else None  # None: shown on a terminal
         results = []
         for batch in tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=disable):
-            with autocast(images.device, self.precision):
+            with autocast(device, self.precision):
                 results.append(function(batch).float())
         return torch.cat(results)
+
+
+def as_tensor(picture, size: int) -> Tensor:
+    """Return what Classifier takes for a picture as uint8 [3, size, size]."""
+    if isinstance(picture, str | Path):
+        return read_image(picture, size)
+    if isinstance(picture, Tensor):
+        if picture.shape == (3, size, size) and picture.dtype == torch.uint8:
+            return picture.cpu()
+        picture = picture.movedim(0, -1).cpu().numpy()
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8:
+            raise TypeError(f"a picture has uint8 values from 0 to 255, got {picture.dtype}")
+        picture = Image.fromarray(picture)
+    if not isinstance(picture, Image.Image):
+        raise TypeError(f"a picture is a file, PIL image, array or tensor, got {type(picture)}")
+    return to_tensor(picture, size)
 
 
 def eval_batch_size(batch_size: int) -> int:
@@ -155,52 +181,11 @@ def top_predictions(probabilities: Tensor, classes: list[str], count: int) -> li
     ]
 
 
-# --- Images ---
-
-
-def read_image(source: str | Path) -> Tensor:
-    """Read a JPEG, PNG or WebP file, or standard input for "-", as uint8 [3, 32, 32].
-
-    The largest square in its middle, upright, in RGB, on white where it is transparent, averaged
-    down to the size of CIFAR-10's images. Raises UserError if it is no such image.
-    """
-    try:
-        with user_file("read", source), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of metadata that is not used
-            if source != STDIN and Path(source).exists() and not Path(source).is_file():
-                raise ValueError("not a regular file")  # a pipe could be endless
-            file = io.BytesIO(sys.stdin.buffer.read()) if source == STDIN else source
-            try:
-                with Image.open(file, formats=FORMATS) as image:
-                    return _to_tensor(image)
-            except (FileNotFoundError, PermissionError):
-                raise
-            except OSError as error:  # Pillow's for a damaged file
-                raise ValueError(summarize_error(error)) from error
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises many types on a damaged file
-        if is_out_of_memory(error):
-            raise
-        reason = summarize_error(error)
-        raise UserError(f"{source} is no JPEG, PNG or WebP image ({reason:.200})") from error
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"it has more than {MAX_PIXELS:,} pixels")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits of gray, of which RGB keeps 8
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("RGB"), (SIZE, SIZE), Image.Resampling.BOX)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+# --- Files ---
 
 
 def list_images(name: str) -> list[str]:
-    """Return the name of a file, or for a folder the images in it and its subfolders, by name.
+    """Return the name of a file, or for a folder the pictures in it and its subfolders.
 
     Raises UserError if there are none.
     """
@@ -208,9 +193,9 @@ def list_images(name: str) -> list[str]:
     with user_file("read", folder):
         if name == STDIN or not folder.is_dir():
             return [name]
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        found = list_pictures(folder)
     if not found:
-        raise UserError(f"the folder {name} has no file that ends in {', '.join(SUFFIXES)}")
+        raise UserError(f"the folder {name} has no pictures")
     return list(map(str, found))
 
 
@@ -234,6 +219,7 @@ def main() -> int:
     args = parse_arguments()
     keep_freed_memory()
     classifier = Classifier.from_checkpoint(args.checkpoint, args.device, args.precision)
+    size = classifier.preprocessing.image_size
     names, images, exit_code = [], [], 0
     for argument in args.images:
         try:
@@ -242,15 +228,11 @@ def main() -> int:
             found, exit_code = [], _skip(error)
         for name in found:
             try:
-                images.append(read_image(name))
+                images.append(read_image(name, size))
                 names.append(name)
             except UserError as error:
                 exit_code = _skip(error)
-    results = []
-    if images:
-        probabilities = classifier.probabilities(torch.stack(images))
-        classes = classifier.classes
-        results = [top_predictions(row, classes, len(classes)) for row in probabilities]
+    results = classifier(images, top=len(classifier.classes))
     if args.json:
         content = [{"image": n, "predictions": r} for n, r in zip(names, results, strict=True)]
         write_json(args.json, content)

@@ -5,11 +5,12 @@ config = new_config({"recipe": "paper", "epochs": 10})
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
-from dataset import DATASETS, DEFAULT_DATA_DIR, find_data_dir
+from dataset import DATASETS, DEFAULT_DATA_DIR, data_dir_of
 from transforms import AUGMENTATIONS, INPUTS, MIXES
 from utils import (
     DAMAGE_ERRORS,
@@ -73,8 +74,17 @@ class Config:
     )
     warm_up: float = _learning(0.1, "part of the steps in which the rate rises", fraction)
 
-    dataset: str = _data("cifar10", "shapes are drawn by the program", choices=tuple(DATASETS))
-    data_dir: str = _data(DEFAULT_DATA_DIR, "folder of CIFAR-10, or to download it to")
+    dataset: str = _data(
+        "cifar10",
+        "folder: your own pictures; shapes: drawn by the program",
+        choices=tuple(DATASETS),
+    )
+    data_dir: str = _data(
+        DEFAULT_DATA_DIR,
+        "folder of CIFAR, or to download it to; or of pictures: DIR/train/CLASS, DIR/val/CLASS, "
+        "DIR/test/CLASS, or just DIR/CLASS",
+    )
+    classes: Sequence[str] | None = _data(None, "train on these classes only", nargs="+")
     train_split: str = _data(
         "train", "full: train on the validation images too", choices=("train", "full")
     )
@@ -97,6 +107,8 @@ class Config:
     )
     groups: int = _network(1, "2: the two towers of 2012 (paper §3.2)", int, choices=(1, 2))
     dropout: float = _network(0.5, "after fc6 and fc7 (paper §4.2)", fraction)
+
+    weights: str | None = _network(None, "checkpoint to start from; a new last layer if need be")
 
     seed: int = _run(0, "of weights, order, augmentation and dropout", seed_number)
     device: str = _run("auto", "auto, cpu, cuda, cuda:1 or mps")
@@ -143,11 +155,13 @@ RECIPES = {
     },
 }
 # What the data set changes of a recipe: shapes are learnt in minutes.
-ON_SHAPES = {
-    "sgd": {"epochs": 4, "batch_size": 32, "lr": 0.01, "warm_up": 0.05, "mix": "none"},
-    "adam": {"epochs": 4, "batch_size": 32, "lr": 1e-4},
-    "muon": {"epochs": 4, "batch_size": 32, "lr": 1e-4, "muon_lr": 0.005},
-    "paper": {"epochs": 4, "batch_size": 32, "lr": 1e-3},
+ON_DATASET = {
+    "shapes": {
+        "sgd": {"epochs": 4, "batch_size": 32, "lr": 0.01, "warm_up": 0.05, "mix": "none"},
+        "adam": {"epochs": 4, "batch_size": 32, "lr": 1e-4},
+        "muon": {"epochs": 4, "batch_size": 32, "lr": 1e-4, "muon_lr": 0.005},
+        "paper": {"epochs": 4, "batch_size": 32, "lr": 1e-3},
+    },
 }
 # Settings that --resume may change; any other would make it another experiment.
 CHANGEABLE = {"epochs", "data_dir", "device", "compile", "deterministic", "save_every"}
@@ -161,7 +175,7 @@ def recipe_config(overrides: dict) -> Config:
     """
     recipe = overrides.get("recipe", overrides.get("optimizer", "sgd"))
     dataset = overrides.get("dataset", "cifar10")
-    changes = {**RECIPES[recipe], **(ON_SHAPES[recipe] if dataset == "shapes" else {})}
+    changes = {**RECIPES[recipe], **ON_DATASET.get(dataset, {}).get(recipe, {})}
     config = replace(Config(), recipe=recipe, dataset=dataset, **changes)
     if overrides.get("optimizer", config.optimizer) != config.optimizer:
         raise UserError(
@@ -184,6 +198,8 @@ def new_config(overrides: dict) -> Config:
     ):
         if name in overrides and not is_used:
             raise UserError(f"{option_name(name)} is for {needed}; leave it out")
+    if config.dataset == "folder" and "data_dir" not in overrides:
+        raise UserError("--dataset folder needs --data-dir, the folder of your pictures")
     check_config(config)
     return config
 
@@ -206,7 +222,8 @@ def run_name(config: Config) -> str:
         for name in names
         if name not in ("epochs", "data_dir") and getattr(config, name) != getattr(usual, name)
     ]
-    title = f"AlexNet on {DATASETS[config.dataset]}, recipe {config.recipe}"
+    data = config.data_dir if config.dataset == "folder" else DATASETS[config.dataset]
+    title = f"AlexNet on {data}, recipe {config.recipe}"
     return ", ".join([title, *others])
 
 
@@ -265,18 +282,7 @@ def as_text(value) -> str:
     """Return a default for --help."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "all" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def as_options(settings: dict) -> list[str]:
-    """Return the options of train.py that give these settings."""
-    options = []
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            options.append(option_name(name if value else f"no_{name}"))
-        elif value is not None:
-            options.append(f"{option_name(name)}={value}")
-    return options
+    return "not set" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- The record of a run ---
@@ -290,7 +296,7 @@ def record(config: Config, starts: list[dict]) -> dict:
 def read_record(path: Path) -> tuple[Config, list[dict]]:
     """Return the settings in a config.json, and the environments of the run's starts.
 
-    They are checked as the command line is. Raises UserError if it is not the record of a run.
+    Raises UserError if it is not the record of a run.
     """
     try:
         with user_file("read", path):
@@ -302,16 +308,28 @@ def read_record(path: Path) -> tuple[Config, list[dict]]:
             name = min(settings.keys() ^ FIELDS.keys())
             raise ValueError(f"its settings are those of another version of this program: {name}")
         for name, value in settings.items():
-            if value is None and FIELDS[name].default is not None:
-                raise ValueError(f"it has no {name}")
-        parser = make_parser(Config())
-        config = replace(Config(), **vars(parser.parse_args(as_options(settings))))
+            check_value(FIELDS[name], value)
+        config = Config(**settings)
         check_config(config)
-    except (UserError, *DAMAGE_ERRORS) as error:
+    except (UserError, argparse.ArgumentTypeError, *DAMAGE_ERRORS) as error:
         raise UserError(
             f"{path} is not the record of a run ({error}); restore it, or start a new run"
         ) from error
     return config, starts
+
+
+def check_value(setting: Field, value) -> None:
+    """Raise ValueError or TypeError for a value that the command line would not take."""
+    how = setting.metadata["how"]
+    if value is None and setting.default is None:
+        return
+    if isinstance(value, list) != ("nargs" in how):
+        raise TypeError(f"{setting.name} cannot be {value!a:.40}")
+    for each in value if isinstance(value, list) else [value]:
+        parsed = how["type"](each if how["type"] is bool else str(each))
+        is_same = type(parsed) is type(each) and parsed == each
+        if not is_same or each not in how.get("choices", [each]):
+            raise ValueError(f"{setting.name} cannot be {each!a:.40}")
 
 
 def resumed_config(run_dir: Path, overrides: dict) -> tuple[Config, list[dict]]:
@@ -335,5 +353,5 @@ def resumed_config(run_dir: Path, overrides: dict) -> tuple[Config, list[dict]]:
                 f"which has {getattr(config, name)}: leave it out, or start a new run"
             )
     # Where a run of someone else had its data, nothing is to be downloaded to.
-    config = replace(config, data_dir=str(find_data_dir(asdict(config))))
+    config = replace(config, data_dir=str(data_dir_of(asdict(config))))
     return replace(config, **overrides), starts

@@ -229,6 +229,12 @@ class Run:
             write_csv(self.dir / "timing.csv", TIMING, self.history)
             write_csv(self.dir / "metrics.csv", METRICS, self.history)
         self.progress.log_epoch(row)
+        guess = math.log(len(self.classes))
+        if self.epoch == 1 and (train_loss if val_loss is None else val_loss) > 0.99 * guess:
+            self.log(
+                f"the loss is still that of guessing, ln {len(self.classes)} = {guess:.2f}: if the "
+                "next epochs do not change that, try another --lr, or --optimizer muon"
+            )
         [save_is_due] = self.processes.all_reduce_max(self.is_save_due())
         if save_is_due and self.epoch < self.config.epochs:
             self.save()

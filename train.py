@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoint import load_network
 from dataset import DEFAULT_DATA_DIR, Dataset, load_dataset, stratified_subset
 from distributed import Processes, is_connection_lost
 from model import AlexNet, init_weights
@@ -205,6 +206,25 @@ def make_network(config: Config, num_classes: int) -> AlexNet:
     return network
 
 
+def start_from(network: AlexNet, path: Path, classes: list[str]) -> list[str]:
+    """Copy the weights of a checkpoint into all layers that they fit; return the other layers.
+
+    The last layer stays new if it is for other classes.
+    """
+    trained, _, checkpoint = load_network(path)
+    weights, own = trained.state_dict(), network.state_dict()
+    last = (
+        [] if checkpoint["classes"] == classes else ["classifier.fc8.weight", "classifier.fc8.bias"]
+    )
+    fitting = {
+        name: value
+        for name, value in weights.items()
+        if name in own and name not in last and own[name].shape == value.shape
+    }
+    network.load_state_dict(fitting, strict=False)
+    return sorted({name.split(".")[1] for name in own.keys() - fitting.keys()})
+
+
 # --- The script ---
 
 
@@ -221,6 +241,8 @@ def prepare(overrides: dict, processes: Processes) -> Run:
     check_shards(config, processes)
     if output_dir and not resume:
         on_main(lambda: check_output_dir(output_dir))
+    if config.weights and not resume:
+        on_main(lambda: load_network(config.weights))  # an error is told before data is read
     device = processes.select_device(config.device)
     # Machines may differ.
     precision = on_main(lambda: select_precision(config.precision, device))
@@ -228,6 +250,9 @@ def prepare(overrides: dict, processes: Processes) -> Run:
     if config.deterministic:
         make_deterministic(device)
     run = make_run(resume, config, load_data(config, processes), device, processes)
+    if config.weights and not resume:
+        new = start_from(run.network, Path(config.weights), run.classes)
+        run.log(f"weights of {config.weights}; new layers: {', '.join(new) or 'none'}")
     try:
         run.open_folder(output_dir, resume, starts)
     except BaseException:
@@ -262,7 +287,9 @@ def check_shards(config: Config, processes: Processes) -> None:
 def load_data(config: Config, processes: Processes) -> Dataset:
     """Return the run's data set, with the training images that it asks for."""
     with processes.main_process_first():  # which may download it
-        dataset = load_dataset(config.dataset, config.data_dir)
+        dataset = load_dataset(
+            config.dataset, config.data_dir, config.classes, quiet=not processes.is_main
+        )
     if config.train_split == "full":
         dataset.train = dataset.train.joined_with(dataset.val)
     if config.train_images:
@@ -317,7 +344,7 @@ def log_result(run: Run) -> None:
         result = f"best validation accuracy {accuracy} after epoch {best['epoch']}"
     arguments = ["evaluate.py", run.dir / "best.pt"]
     # best.pt names the folder of when it was written, which --resume --data-dir may have changed.
-    if run.config.dataset == "cifar10" and run.config.data_dir != DEFAULT_DATA_DIR:
+    if run.config.data_dir != DEFAULT_DATA_DIR:
         arguments += ["--data-dir", run.config.data_dir]
     run.log(
         f"finished {count_of(run.epoch, 'epoch')} in {duration(seconds)} of training: {result}\n"

@@ -6,6 +6,7 @@ and the shift or crop.
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ AUGMENTATIONS = ("shift", "paper", "none")
 MIXES = ("cutmix", "none")
 STREAMS = ("data", "step", "mix")
 ENLARGED_SIZE = 256  # of the image that the paper's crops are cut from (§2, §4.1)
+MAX_VALUES = 2**30  # of the images that mean and covariance are of
 COLOR_NOISE = 0.1  # standard deviation of alpha (paper §4.1; 2012 source: color_noise_coeff)
 
 
@@ -34,12 +36,14 @@ class Preprocessing:
     mean, std: per channel, in 0..255; the one is subtracted, the result divided by the other.
     size: side of the input in pixels.
     enlarged_size: side that the whole image is enlarged to, of which the input is the center crop.
+    image_size: side of the images that the network was trained on, before they are resampled.
     """
 
     mean: list[float]
     std: list[float]
     size: int = IMAGE_SIZE
     enlarged_size: int = IMAGE_SIZE
+    image_size: int = 32
 
     @classmethod
     def fit(
@@ -56,7 +60,7 @@ class Preprocessing:
         mean, covariance = color_statistics(images)
         std = covariance.diagonal().sqrt().tolist() if input == "standardized" else [1.0] * 3
         enlarged_size = ENLARGED_SIZE if augmentation == "paper" else IMAGE_SIZE
-        return cls(mean.tolist(), std, IMAGE_SIZE, enlarged_size)
+        return cls(mean.tolist(), std, IMAGE_SIZE, enlarged_size, images.shape[-1])
 
 
 @dataclass
@@ -64,7 +68,7 @@ class Augmentation:
     """Random changes of a training image.
 
     flip: flip it horizontally with probability 1/2.
-    shift: move it by up to this many of its own 32x32 pixels, in each direction.
+    shift: move it by up to this many of 32 parts of its side, in each direction.
     crop: cut the input out of the image enlarged to 256x256, instead of a shift.
     colors: [3, 3], the principal components of PCA color augmentation (§4.1), or None for none.
     """
@@ -85,11 +89,12 @@ class Augmentation:
 def color_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean [3] and covariance [3, 3] of the RGB values of uint8 images [N, 3, H, W].
 
-    In float64, from sums of whole numbers, which are exact.
+    In float64, from sums of whole numbers, which are exact. Of very many pixels a part is enough.
     """
     total = torch.zeros(3, dtype=torch.float64)
     products = torch.zeros(3, 3, dtype=torch.float64)
-    for part in images.split(5000):  # not a float copy of all images
+    images = images[:: math.ceil(images.numel() / MAX_VALUES)]
+    for part in images.split(math.ceil(2**24 / images[0].numel())):  # not a copy of all images
         pixels = part.movedim(1, 0).flatten(1).double().cpu()
         total += pixels.sum(1)
         products += pixels @ pixels.T
@@ -153,7 +158,7 @@ def random_maps(n: int, augmentation: Augmentation, generator: torch.Generator) 
         maps = crop_maps(corners)
     else:
         maps = torch.eye(2, 3).repeat(n, 1, 1)
-        # The output is 2 units wide and the image 32 pixels.
+        # The output is 2 units wide, and shift counts parts of 1/32.
         maps[:, :, 2] = (torch.rand(n, 2, generator=generator) * 2 - 1) * augmentation.shift / 16
     if augmentation.flip:
         maps[:, 0] *= torch.randint(0, 2, (n, 1), generator=generator) * 2 - 1
@@ -238,29 +243,36 @@ def training_batches(
     that one of several processes takes; it may be empty in the last one.
     """
     generator = torch.Generator().manual_seed(stream_seed(seed, "data", epoch))
-    n = len(split.labels)
-    index = torch.randperm(n, generator=generator).to(split.images.device)
-    maps = random_maps(n, augmentation, generator).to(split.images.device)
+    n, device = len(split.labels), split.labels.device
+    index = torch.randperm(n, generator=generator).to(device)
+    maps = random_maps(n, augmentation, generator).to(device)
     noise = None
     if augmentation.colors is not None:
-        noise = random_colors(augmentation.colors, n, generator).to(split.images.device)
+        noise = random_colors(augmentation.colors, n, generator).to(device)
     for start in range(first_step * batch_size, n, batch_size):
         batch = slice(start, start + batch_size)
         images, labels = split.select(index[batch][shard])
         batch_noise = None if noise is None else noise[batch][shard]
+        images = images.to(device)  # if they are too many for a GPU, only these go there
         yield resample(images, maps[batch][shard], preprocessing, batch_noise), labels
 
 
 def eval_batches(
-    images: Tensor, preprocessing: Preprocessing, batch_size: int, view: Tensor | None = None
+    images: Tensor,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    view: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the images in order, resized but not augmented, as float [B, 3, S, S].
+    """Yield the images in order, resized but not augmented, as float [B, 3, S, S] on the device.
 
-    view is the map [2, 3] of all images, by default eval_map(preprocessing).
+    view is the map [2, 3] of all images, by default eval_map(preprocessing); device is by default
+    the images' own.
     """
-    view = (eval_map(preprocessing) if view is None else view).to(images.device)
+    device = device or images.device
+    view = (eval_map(preprocessing) if view is None else view).to(device)
     for part in images.split(batch_size):
-        yield resample(part, view.expand(len(part), 2, 3), preprocessing)
+        yield resample(part.to(device), view.expand(len(part), 2, 3), preprocessing)
 
 
 class Mix:

@@ -126,6 +126,14 @@ def tiny(signal_handlers, monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def faulty(monkeypatch):
+    """Let a run send itself signals: faulty("SIGTERM", 1, 2) before step 2 of epoch 1, from 0."""
+    with monkeypatch.context() as patch:
+        tiny_module.inject_fault(patch.setattr)
+        yield lambda name, epoch, step: patch.setenv("FAULT", f"{name} 0 {epoch} {step}")
+
+
+@pytest.fixture
 def after_step(monkeypatch):
     """Have a function called after each step of a run, as Run.record_step() is."""
 
@@ -164,6 +172,7 @@ def content(tiny):
             "std": [60.0, 50.0, 40.0],
             "size": size,
             "enlarged_size": size,
+            "image_size": 32,
         },
         "training": asdict(new_config({"dataset": "shapes", "precision": "fp32"})),
         "epoch": 1,

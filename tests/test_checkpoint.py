@@ -20,7 +20,7 @@ def test_checkpoint_comes_back_to_the_bit(content, tmp_path):
     content["progress"] = {"history": [{"epoch": 1, "val_loss": None}], "seconds": 0.1, "on": True}
     save_checkpoint(tmp_path / "c.pt", content)
     loaded = load_checkpoint(tmp_path / "c.pt")
-    assert (loaded.pop("format"), loaded.pop("format_version")) == ("alexnet-cifar10", 2)
+    assert (loaded.pop("format"), loaded.pop("format_version")) == ("alexnet-cifar10", 3)
     assert same(loaded, content)
     network, preprocessing, _ = load_network(tmp_path / "c.pt")
     assert same(dict(network.state_dict()), dict(content["weights"]))
@@ -35,7 +35,7 @@ class Attack:
 
 def save_part(path, **parts):
     """Write what passes for a checkpoint of this program, with these parts."""
-    torch.save({"format": FORMAT, "format_version": 2, **parts}, path)
+    torch.save({"format": FORMAT, "format_version": 3, **parts}, path)
 
 
 def write_truncated(path):
@@ -105,7 +105,7 @@ def test_too_little_memory_is_not_told_as_damage(tiny, content, monkeypatch, cap
 
 NAN, FIRST = float("nan"), "features.conv1.weight"
 WEIGHT = torch.zeros(12, 3, 11, 11)
-PLAIN = {"mean": [0.0] * 3, "std": [1.0] * 3, "size": 67, "enlarged_size": 67}
+PLAIN = {"mean": [0.0] * 3, "std": [1.0] * 3, "size": 67, "enlarged_size": 67, "image_size": 32}
 TRAINING = {"dataset": "shapes", "precision": "fp32", "epochs": 1, "batch_size": 1}
 BAD_PARTS = {
     "model": [
@@ -132,6 +132,8 @@ BAD_PARTS = {
             {"std": [0.0] * 3},
             {"std": "abc"},
             {"size": 10**9},
+            {"image_size": 10**9},
+            {"image_size": "x"},
             {"enlarged_size": 200},
             {"resize": 67},
         )
@@ -141,7 +143,7 @@ BAD_PARTS = {
         TRAINING | {"dataset": "../x"},
         TRAINING | {"precision": "fp8"},
         TRAINING | {"epochs": 0},
-        TRAINING | {"lr": [1]},
+        TRAINING | {"lr": {}},
     ],
     "epoch": ["one", -1],
 }

@@ -11,7 +11,6 @@ import recipes
 from dataset import DATASETS
 from recipes import (
     Config,
-    as_options,
     new_config,
     parse_command_line,
     read_record,
@@ -31,6 +30,20 @@ def test_paper_recipe_is_the_papers():
     assert new_config({"recipe": "paper", "lr": 0.5}).lr == 0.5
 
 
+def as_options(settings):
+    """Return the options of train.py that give these settings."""
+    options = []
+    for name, value in settings.items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            options.append(option if value else f"--no-{option[2:]}")
+        elif isinstance(value, list):
+            options += [option, *value]
+        elif value is not None:
+            options.append(f"{option}={value}")
+    return options
+
+
 COMMANDS = ["", "--recipe paper", "--optimizer adam", "--dataset shapes --recipe=adam"]
 
 
@@ -44,7 +57,7 @@ def test_help_has_the_defaults_that_the_command_trains_with(capsys, monkeypatch,
     texts = {option.split()[0].rstrip(","): option for option in options}
     for name, value in asdict(config).items():
         [text] = re.findall(r"\(default: (.*?)\)", texts.pop(name.replace("_", "-")))
-        found = {"on": True, "off": False, "all": None}.get(text, text)
+        found = {"on": True, "off": False, "not set": None}.get(text, text)
         assert (type(value)(found) if isinstance(found, str) else found) == value, name
     assert texts.keys() == {"output-dir", "resume"}
 
@@ -52,7 +65,7 @@ def test_help_has_the_defaults_that_the_command_trains_with(capsys, monkeypatch,
 def test_every_recipe_has_valid_settings_for_every_data_set():
     """The command line takes them as it takes a user's."""
     for recipe, dataset in itertools.product(recipes.RECIPES, DATASETS):
-        config = new_config({"recipe": recipe, "dataset": dataset})
+        config = new_config({"recipe": recipe, "dataset": dataset, "data_dir": "data"})
         assert (config.recipe, config.dataset) == (recipe, dataset)
         assert Config(**parse_command_line(as_options(asdict(config)))) == config
     assert new_config({"optimizer": "adam"}) == new_config({"recipe": "adam"})
@@ -65,6 +78,7 @@ def test_every_recipe_has_valid_settings_for_every_data_set():
         {"compile": True, "deterministic": False, "lr": 1e-30, "groups": 2},
         {"recipe": "paper", "data_dir": "a folder/-x", "train_images": 450, "seed": 2**63 - 1},
         {"optimizer": "adam", "dropout": 0.0, "save_every": 0.1},
+        {"classes": ["cat", "dog"], "weights": "best.pt"},
     ],
 )
 def test_settings_and_options_are_each_others_inverse(settings):
@@ -128,6 +142,7 @@ def test_bad_command_is_one_line_and_leaves_nothing_behind(tiny, capsys, command
         {"recipe": "paper", "groups": 2},
         {"optimizer": "adam", "lr": 3e-4, "train_images": 450, "compile": True},
         {"dataset": "shapes", "train_split": "full", "data_dir": "Bücher"},
+        {"dataset": "folder", "data_dir": "pets", "classes": ["-x", "猫"], "weights": "best.pt"},
     ],
 )
 def test_record_returns_the_settings(tmp_path, overrides):
@@ -155,6 +170,8 @@ BAD_RECORDS = {
     "text for a number": changed(lr="fast"),
     "list for a number": changed(epochs=[1]),
     "number for a name": changed(optimizer=1),
+    "name for names": changed(classes="cat"),
+    "number for names": changed(classes=[1, 2]),
     "text for a switch": changed(compile="yes"),
     "nothing": changed(epochs=None),
     "out of range": changed(epochs=-1),
@@ -187,13 +204,15 @@ def test_resuming_changes_nothing_that_would_be_another_experiment(tmp_path):
     fixed |= {"schedule": "plateau", "dataset": "cifar10", "train_split": "full", "seed": 1}
     fixed |= {"train_images": 10, "input": "centered", "augmentation": "none", "mix": "cutmix"}
     fixed |= {"mix_probability": 0.5, "init": "2012", "groups": 2, "dropout": 0.1}
-    fixed |= {"precision": "bf16"}
+    fixed |= {"precision": "bf16", "classes": ["disc", "ring"], "weights": "best.pt"}
     assert free.keys() | fixed.keys() == asdict(config).keys()
     resumed, _ = resumed_config(tmp_path, free)
     assert asdict(resumed) == asdict(config) | free
     for name, value in fixed.items():
         option = "--" + name.replace("_", "-")
-        with pytest.raises(UserError, match=f"{option} {value} would make it another experiment"):
+        with pytest.raises(
+            UserError, match=re.escape(f"{option} {value} would make it another experiment")
+        ):
             resumed_config(tmp_path, {name: value})
     same = asdict(config) | {"precision": "auto"}  # "auto" is what was chosen then
     assert resumed_config(tmp_path, same)[0] == config

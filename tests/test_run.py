@@ -22,19 +22,11 @@ import run as run_module
 import train
 from dataset import draw_shapes
 from distributed import Processes
-from recipes import CHANGEABLE, FIELDS, as_options, new_config, read_record
+from recipes import CHANGEABLE, FIELDS, new_config, option_name, read_record
 from run import METRICS, TIMING, Run
 from utils import FolderLock
 
 needs_posix = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
-
-
-@pytest.fixture
-def faulty(monkeypatch):
-    """Let a run send itself signals: faulty("SIGTERM", 1, 2) before step 2 of epoch 1, from 0."""
-    with monkeypatch.context() as patch:
-        tiny_module.inject_fault(patch.setattr)
-        yield lambda name, epoch, step: patch.setenv("FAULT", f"{name} 0 {epoch} {step}")
 
 
 def read_folder(folder):
@@ -104,7 +96,7 @@ def test_output_is_lines_when_it_is_no_terminal(tiny, capsys):
 
 
 def test_command_to_evaluate_names_the_folder_of_the_data(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(train, "load_dataset", lambda *_: draw_shapes())
+    monkeypatch.setattr(train, "load_dataset", lambda *_, **__: draw_shapes())
     cifar10 = ("--dataset", "cifar10", "--epochs", 1, "--output-dir", "run")
     assert tiny(*cifar10, "--data-dir", "my data") == 0
     command = "python evaluate.py run/best.pt"
@@ -295,8 +287,10 @@ def test_resumed_run_keeps_its_settings(tiny_run, error_of):
         others = [value for value in choices if value not in (getattr(config, name), "auto")]
         numbers = {"batch_size": 9, "train_images": 10, "seed": 1}
         value = others[0] if others else numbers.get(name, 0.25)
-        told = error_of("--resume", "run", "--epochs", 3, *as_options({name: value}))
-        assert f"--{name.replace('_', '-')} {value} would make it another experiment" in told
+        told = error_of("--resume", "run", "--epochs", 3, f"{option_name(name)}={value}")
+        assert (
+            f" would make it another experiment than run, which has {getattr(config, name)}" in told
+        )
     assert read_folder(tiny_run) == before
 
 

@@ -1,0 +1,241 @@
+"""From picture files to uint8 images of one size, each file read upright, in RGB, on white.
+
+image = read_image("photo.jpg", size=32)  # uint8 [3, 32, 32]
+folder = find_pictures(Path("pets"))  # classes, and the files of each split
+images, labels, paths = decode(folder.files["train"], size=256)
+"""
+
+import io
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from utils import UserError, is_out_of_memory, log, summarize_error, user_file
+
+SPLITS = ("train", "val", "test")
+STDIN = "-"
+MAX_PIXELS = 2**26  # of a picture; larger ones are refused before they are unpacked
+LARGE_SIZE = 256  # pixels: what the paper made of ImageNet's pictures (§2)
+SMALL_SIZE = 64  # pixels; a folder whose pictures all have one size up to this keeps it
+MAX_UNREADABLE = 0.05  # part of the pictures that may be unreadable
+
+
+# --- A picture ---
+
+
+def read_image(source: str | Path, size: int) -> Tensor:
+    """Read a picture file, or standard input for "-", as uint8 [3, size, size].
+
+    The largest square in its middle, upright, in RGB, on white where it is transparent. Raises
+    UserError if it is no picture that Pillow reads.
+    """
+    try:
+        with user_file("read", source), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata that is not used
+            if source != STDIN and Path(source).exists() and not Path(source).is_file():
+                raise ValueError("not a regular file")  # a pipe could be endless
+            file = io.BytesIO(sys.stdin.buffer.read()) if source == STDIN else source
+            try:
+                with Image.open(file, formats=_formats()) as image:
+                    return to_tensor(image, size)
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError as error:  # Pillow's for a damaged file
+                raise ValueError(summarize_error(error)) from error
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises many types on a damaged file
+        if is_out_of_memory(error):
+            raise
+        reason = summarize_error(error)
+        raise UserError(f"{source} is no picture that can be read ({reason:.200})") from error
+
+
+def to_tensor(image: Image.Image, size: int) -> Tensor:
+    """Return the largest square in the middle of a picture as uint8 [3, size, size]."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it has more than {MAX_PIXELS:,} pixels")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of gray, of which RGB keeps 8
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    is_larger = min(image.size) > size
+    method = Image.Resampling.BOX if is_larger else Image.Resampling.BILINEAR
+    image = ImageOps.fit(image.convert("RGB"), (size, size), method)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _formats() -> list[str]:
+    """Return what Pillow reads by itself; PostScript would start another program."""
+    Image.init()
+    return [name for name in Image.OPEN if name not in ("EPS", "WMF")]
+
+
+def is_picture(path: Path) -> bool:
+    """Return whether a file's name is that of a picture, and it is not hidden."""
+    suffixes = Image.registered_extensions()
+    return suffixes.get(path.suffix.lower()) in _formats() and not path.name.startswith(".")
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """Return the pictures in a folder and its subfolders, in natural order; none is hidden."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if is_picture(Path(name))]
+    return sorted(found, key=lambda path: natural_key(str(path)))
+
+
+def natural_key(name: str) -> list:
+    """Return a key that sorts 2 before 10."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
+
+
+# --- A folder of pictures ---
+
+
+class PictureFolder(NamedTuple):
+    """Classes, and for each split that the folder has its files with their labels, 0 and up.
+
+    A folder without train, val and test has the split "all".
+    """
+
+    classes: list[str]
+    files: dict[str, list[tuple[Path, int]]]
+
+
+def find_pictures(folder: Path, classes: list[str] | None = None) -> PictureFolder:
+    """Return what is in FOLDER/train/CLASS, FOLDER/val/CLASS, FOLDER/test/CLASS or FOLDER/CLASS.
+
+    Files are in the order of their names, whatever their class. classes: only these, in this order.
+
+    Raises UserError, naming what it is, for a split without train, a class without pictures or
+    that another split does not have, and for less than two classes.
+    """
+    with user_file("read", folder):
+        if not folder.is_dir():
+            raise UserError(f"--data-dir {folder} is not a folder; name one of pictures")
+        splits = {name: folder / name for name in SPLITS if (folder / name).is_dir()}
+        found = {name: _pictures_by_class(path) for name, path in splits.items()}
+        found = found or {"all": _pictures_by_class(folder)}
+    if splits and "train" not in splits:
+        raise UserError(f"{folder} has {' and '.join(splits)}, but no folder train")
+    names = sorted(next(iter(found.values())), key=natural_key)
+    for split, pictures in found.items():
+        if different := set(names) ^ set(pictures):
+            raise UserError(
+                f"{folder}: train and {split} differ in the class {sorted(different)[0]}; every "
+                "split needs the same folders"
+            )
+        if empty := [name for name in names if not pictures[name]]:
+            raise UserError(f"{folder}: there are no pictures of the class {empty[0]} ({split})")
+    names = choose_classes(classes, names)
+    files = {
+        split: sorted(
+            ((path, label) for label, name in enumerate(names) for path in pictures[name]),
+            key=lambda pair: natural_key(pair[0].name),
+        )
+        for split, pictures in found.items()
+    }
+    return PictureFolder(names, files)
+
+
+def choose_classes(chosen: list[str] | None, classes: list[str]) -> list[str]:
+    """Return the chosen classes, by default all. Raises UserError for unknown or too few ones."""
+    chosen = classes if chosen is None else list(dict.fromkeys(chosen))
+    if unknown := [name for name in chosen if name not in classes]:
+        raise UserError(f"there is no class {unknown[0]}; there are {', '.join(classes)[:500]}")
+    if len(chosen) < 2:
+        raise UserError(f"a network needs two classes or more; found {', '.join(chosen) or 'none'}")
+    return chosen
+
+
+def _pictures_by_class(folder: Path) -> dict[str, list[Path]]:
+    folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    return {path.name: list_pictures(path) for path in folders}
+
+
+def common_size(files: list[Path]) -> int:
+    """Return the side of the squares that pictures are to become.
+
+    Theirs, if all are squares of one size of at most 64 pixels, else 256. A file that cannot be
+    read does not count.
+    """
+    sizes = set()
+    for path in files:
+        try:
+            with Image.open(path, formats=_formats()) as image:
+                sizes.add(image.size)
+        except Exception:  # decode() will name it
+            continue
+        width, height = image.size
+        if len(sizes) > 1 or width != height or width > SMALL_SIZE:
+            return LARGE_SIZE
+    return next(iter(sizes))[0] if sizes else LARGE_SIZE
+
+
+def decode(
+    files: list[tuple[Path, int]], size: int, quiet: bool = False
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Read pictures, in parallel. Return uint8 [N, 3, size, size], labels [N] and the files' names.
+
+    What cannot be read is named and left out. The images are in a file in the system's folder for
+    temporary files (TMPDIR), which is gone when the program ends: memory holds what is in use.
+
+    Raises UserError if more than a few per cent cannot be read, or the disk has too little room.
+    """
+    needed, free = len(files) * 3 * size**2, shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > free:
+        raise UserError(
+            f"{len(files):,} pictures of {size}x{size} pixels need {needed / 1e9:.1f} GB in "
+            f"{tempfile.gettempdir()}, which has {free / 1e9:.1f} GB left; set TMPDIR to another "
+            "folder"
+        )
+
+    def read(path: Path) -> Tensor | UserError:
+        try:
+            return read_image(path, size)
+        except UserError as error:
+            return error
+
+    labels, names, errors = [], [], []
+    with tempfile.TemporaryFile() as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(read, [path for path, _ in files])
+        bar = tqdm(
+            results, "reading", len(files), unit="picture", leave=False, disable=quiet or None
+        )
+        for result, (path, label) in zip(bar, files, strict=True):
+            if isinstance(result, UserError):
+                errors.append(result)
+                continue
+            file.write(result.contiguous().numpy())
+            labels.append(label)
+            names.append(str(path))
+        file.flush()
+        shape = len(labels), 3, size, size
+        if labels:
+            images = torch.from_numpy(np.memmap(file, np.uint8, "c", shape=shape))
+        else:
+            images = torch.empty(shape, dtype=torch.uint8)
+    if len(errors) > MAX_UNREADABLE * len(files):
+        raise UserError(
+            f"{len(errors)} of {len(files)} pictures cannot be read, such as: {errors[0]}"
+        )
+    for error in errors[: 0 if quiet else None]:
+        log(f"left out: {error}")
+    return images, torch.tensor(labels, dtype=torch.int64), names
