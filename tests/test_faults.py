@@ -349,6 +349,7 @@ SCRIPTS = {  # and the arguments that an option follows
     "train": [],
     "evaluate": ["file"],
     "predict": ["file", "file"],
+    "compact": ["file", "x.pt"],
     "research.ablate": [],
     "research.benchmark": [],
     "research.tables": [],
@@ -364,6 +365,8 @@ VALUES = {
     "--resume": NO_FOLDERS,
     "--data-dir": NO_FOLDERS,
     "--output-dir": TAKEN_FOLDERS,
+    "--weights": ["nowhere", "file", "taken", "x" * 5000, "--"],
+    "--classes": ["--"],
 }
 OTHERS = [
     ("train", "--resume taken --output-dir x"),
@@ -372,10 +375,15 @@ OTHERS = [
     ("train", "--recipe paper --optimizer adam"),
     ("train", "--recipe paper --train-split full"),
     ("train", "--dataset shapes --train-images 11"),
+    ("train", "--dataset shapes --classes disc"),
+    ("train", "--dataset shapes --classes disc dog"),
+    ("train", "--dataset folder"),
+    ("train", "--dataset folder --data-dir taken"),
     ("evaluate", ""),
     *(("evaluate", name) for name in ("nowhere.pt", "file", "taken", "x" * 5000, "\n", "é")),
     *(("predict", f"{name} file") for name in ("nowhere.pt", "file", "taken", "x" * 5000)),
     ("predict", "file"),
+    *(("compact", f"{name} x.pt") for name in ("nowhere.pt", "file", "taken", "x" * 5000)),
 ]
 
 

@@ -22,7 +22,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md")
 }
-SCRIPTS = ["train", "evaluate", "predict", "figures"]
+SCRIPTS = ["train", "evaluate", "predict", "compact", "figures"]
 SCRIPTS += [f"research.{name}" for name in ("ablate", "benchmark", "tables")]
 FOREIGN_OPTIONS = {"--nproc_per_node"}
 FOREIGN_OPTIONS |= {"--index-url", "--long"}  # pip's, and tests/conftest.py's

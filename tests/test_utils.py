@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from zipfile import BadZipFile
@@ -13,7 +14,7 @@ from conftest import ROOT, needs_gpu, run_python
 
 import utils
 from checkpoint import load_checkpoint, save_checkpoint
-from predict import read_image
+from pictures import read_image
 from recipes import read_record
 from utils import (
     FolderLock,
@@ -106,7 +107,7 @@ def write(path, content="x"):
         (load_damaged, BadZipFile),
         (lambda path: read_content(read_record, path, b"{"), ValueError),
         (lambda path: read_content(utils.read_csv, path, b"\xff"), UnicodeDecodeError),
-        (lambda path: read_content(read_image, path, b"x"), Exception),
+        (lambda path: read_content(partial(read_image, size=8), path, b"x"), Exception),
         (lambda path: select_device("cuda:99"), Exception),
         (lambda path: write(path / "x"), FileNotFoundError),
         (lock_twice, BlockingIOError),
