@@ -159,3 +159,19 @@ def test_notebook_is_stored_as_it_ran():
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 10
     assert not re.search(r"/(home|root|work|tmp)/", text)
     assert len(text) < 700_000
+
+
+def test_network_is_loaded_and_exported_by_plain_torch(tmp_path, monkeypatch):
+    """docs/training.md's program, and what ONNX Runtime makes of the file."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    [program] = [text for text in blocks(PAGES["docs/training.md"], "python") if "onnx" in text]
+    network = AlexNet(num_classes=3).eval()
+    checkpoint = {"model": {"num_classes": 3}, "weights": network.state_dict()}
+    monkeypatch.chdir(tmp_path)
+    torch.save(checkpoint, "best.pt")
+    exec(program, {})
+    session = onnxruntime.InferenceSession("alexnet.onnx")
+    images = torch.randn(1, 3, 227, 227)
+    [logits] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), network(images).detach())
