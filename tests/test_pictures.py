@@ -338,3 +338,18 @@ def test_weights_to_start_from_are_all_that_fit(tiny, tiny_run, shapes_as_files,
     assert tiny("--resume", "new", "--epochs", 2) == 0
     assert tiny(*own, "--output-dir", "third") == 2
     assert "cannot read run/best.pt" in capsys.readouterr().err
+
+
+def test_network_of_another_data_set_is_tested_on_a_folder_of_its_classes(tiny, tiny_run, capsys):
+    """In whatever order the folder has the classes."""
+    shapes = draw_shapes()
+    for i, (image, label) in enumerate(zip(*shapes.test, strict=True)):
+        path = Path("pictures", shapes.classes[label], f"{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    assert tiny("run/best.pt", "--json", "a.json", script=evaluate) == 0
+    options = "run/best.pt --dataset folder --data-dir pictures --json b.json".split()
+    assert tiny(*options, script=evaluate) == 0
+    a, b = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
+    assert a["confusion_matrix"] == b["confusion_matrix"]
+    assert (b["dataset"], b["training"]["dataset"]) == ("folder", "shapes")
