@@ -248,12 +248,12 @@ def draw_neighbors(classifier: Classifier, dataset: Dataset, queries: Split) -> 
     """Return the paper's Fig. 4 right: the training images with the nearest activations of fc7."""
     train = dataset.train.to(queries.images.device)
     distances = torch.cdist(classifier.embed(queries.images), classifier.embed(train.images))
-    nearest = distances.topk(NEIGHBORS, largest=False).indices
+    nearest = [train.select(row) for row in distances.topk(NEIGHBORS, largest=False).indices]
     return figures.neighbors(
         list(queries.images.cpu()),
-        [list(train.images[row].cpu()) for row in nearest],
+        [list(chosen.images.cpu()) for chosen in nearest],
         [dataset.classes[label] for label in queries.labels.tolist()],
-        [[dataset.classes[label] for label in train.labels[row].tolist()] for row in nearest],
+        [[dataset.classes[label] for label in chosen.labels.tolist()] for chosen in nearest],
     )
 
 

@@ -5,6 +5,7 @@ folder = find_pictures(Path("pets"))  # classes, and the files of each split
 images, labels, paths = decode(folder.files["train"], size=256)
 """
 
+import functools
 import io
 import os
 import re
@@ -79,16 +80,17 @@ def to_tensor(image: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+@functools.cache
 def _formats() -> list[str]:
     """Return what Pillow reads by itself; PostScript would start another program."""
     Image.init()
     return [name for name in Image.OPEN if name not in ("EPS", "WMF")]
 
 
-def is_picture(path: Path) -> bool:
+def is_picture(name: str) -> bool:
     """Return whether a file's name is that of a picture, and it is not hidden."""
-    suffixes = Image.registered_extensions()
-    return suffixes.get(path.suffix.lower()) in _formats() and not path.name.startswith(".")
+    kind = Image.registered_extensions().get(Path(name).suffix.lower())
+    return kind in _formats() and not name.startswith(".")
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -96,7 +98,7 @@ def list_pictures(folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if is_picture(Path(name))]
+        found += [Path(parent, name) for name in names if is_picture(name)]
     return sorted(found, key=lambda path: natural_key(str(path)))
 
 
@@ -214,24 +216,26 @@ def decode(
             return error
 
     labels, names, errors = [], [], []
-    with tempfile.TemporaryFile() as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(read, [path for path, _ in files])
-        bar = tqdm(
-            results, "reading", len(files), unit="picture", leave=False, disable=quiet or None
-        )
-        for result, (path, label) in zip(bar, files, strict=True):
-            if isinstance(result, UserError):
-                errors.append(result)
-                continue
-            file.write(result.contiguous().numpy())
-            labels.append(label)
-            names.append(str(path))
-        file.flush()
-        shape = len(labels), 3, size, size
-        if labels:
-            images = torch.from_numpy(np.memmap(file, np.uint8, "c", shape=shape))
-        else:
-            images = torch.empty(shape, dtype=torch.uint8)
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        with tempfile.TemporaryFile() as file:
+            results = pool.map(read, [path for path, _ in files])
+            disable = True if quiet else None  # None: shown on a terminal
+            bar = tqdm(results, "reading", len(files), leave=False, unit="picture", disable=disable)
+            for result, (path, label) in zip(bar, files, strict=True):
+                if isinstance(result, UserError):
+                    errors.append(result)
+                    continue
+                file.write(result.contiguous().numpy())
+                labels.append(label)
+                names.append(str(path))
+            file.flush()
+            images = torch.empty(0, 3, size, size, dtype=torch.uint8)
+            if labels:  # an empty file cannot be mapped
+                shape = len(labels), 3, size, size
+                images = torch.from_numpy(np.memmap(file, np.uint8, "c", shape=shape))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C the rest is not read
     if len(errors) > MAX_UNREADABLE * len(files):
         raise UserError(
             f"{len(errors)} of {len(files)} pictures cannot be read, such as: {errors[0]}"

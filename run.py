@@ -496,7 +496,7 @@ class Progress:
             run.log(f"epoch {run.epoch + 1}/{run.config.epochs}, {position}: training {text}")
         else:
             self.bar.set_postfix_str(text)
-        is_slow = run.device.type == "cpu" and self.seconds_left() > 3600
+        is_slow = run.config.optimizer == "sgd" and self.seconds_left() > 3600
         if self.steps == self.FIRST_ESTIMATE and is_slow:
             with self.bar.external_write_mode():
                 run.log("quicker: --optimizer muon, fewer --epochs, --dataset shapes, or a GPU")

@@ -4,6 +4,7 @@
     python train.py --optimizer adam           # 8 epochs of Adam: an hour on two CPU cores
     python train.py --recipe paper             # as in 2012
     python train.py --dataset shapes           # minutes on two CPU cores, nothing to download
+    python train.py --dataset folder --data-dir pets  # your own pictures: pets/cat/*, pets/dog/*
     python train.py --resume runs/cifar10-sgd  # go on with a run that was stopped
 
 On four GPUs:
