@@ -15,19 +15,18 @@ A run's folder has config.json, metrics.csv, timing.csv, curves.png, last.pt (fo
 best.pt (the best on the validation images, for evaluate.py). Settings are in recipes.py.
 """
 
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from checkpoint import load_network
 from dataset import DEFAULT_DATA_DIR, Dataset, load_dataset, stratified_subset
 from distributed import Processes, is_connection_lost
 from model import AlexNet, init_weights
+from optimizers import cosine_lr, make_optimizer, plateau_lr
 from recipes import Config, new_config, parse_command_line, resumed_config, run_name
 from run import Run, check_output_dir
 from utils import (
@@ -45,10 +44,6 @@ from utils import (
     summarize_error,
     to_device,
 )
-
-PATIENCE = 5  # epochs; the paper does not say how long its authors watched
-DIVISIONS = 3  # paper §5: the learning rate was "reduced three times prior to termination"
-
 
 # --- The loop ---
 
@@ -81,7 +76,7 @@ def train(run: Run, stop: StopRequest) -> None:
         run.finish_epoch(last_lr)  # validate, keep the best, go on to the next epoch
 
 
-# --- Learning rate, optimizer, network ---
+# --- Learning rate and network ---
 
 
 def lr_at(run: Run, step: int) -> float:
@@ -89,113 +84,6 @@ def lr_at(run: Run, step: int) -> float:
     if run.config.schedule == "plateau":
         return plateau_lr([row["val_accuracy"] for row in run.history], run.config.lr)
     return cosine_lr(step, run.total_steps, run.config.lr, run.config.warm_up)
-
-
-def cosine_lr(step: int, total_steps: int, peak: float, warm_up: float) -> float:
-    """Return a rate that rises linearly to peak, then falls to 0 as half a cosine.
-
-    step counts from 0; warm_up is the part of the steps in which the rate rises.
-    """
-    warm_up_steps = max(1, round(warm_up * total_steps))
-    if step < warm_up_steps:
-        return peak * (step + 1) / warm_up_steps
-    progress = (step - warm_up_steps) / max(1, total_steps - warm_up_steps)
-    return peak * (1 + math.cos(math.pi * progress)) / 2
-
-
-def plateau_lr(val_accuracies: list[float], start: float) -> float:
-    """Return the learning rate after epochs with these validation accuracies (paper §5).
-
-    It is divided by 10 when PATIENCE epochs in a row have brought no new best, DIVISIONS times at
-    most.
-    """
-    best, waited, divisions = -1.0, 0, 0
-    for accuracy in val_accuracies:
-        waited = 0 if accuracy > best else waited + 1
-        best = max(best, accuracy)
-        if waited == PATIENCE and divisions < DIVISIONS:
-            divisions, waited = divisions + 1, 0
-    return start / 10**divisions
-
-
-def make_optimizer(network: AlexNet, config: Config) -> torch.optim.Optimizer:
-    """Return SGD, Adam or Muon; biases may have a learning rate and a weight decay of their own.
-
-    SGD's step is b <- m b + (g + d w), w <- w - r b, with gradient g, momentum m, weight decay d
-    and learning rate r. The paper's (§5) is v <- m v - r d w - r g, w <- w + v. They are the same,
-    with v = -r b, while r is constant; after a change of r the paper's v still holds the old r.
-    """
-    banks = []
-    if config.optimizer == "muon":
-        convolutions = [layer for layer in network.features if isinstance(layer, nn.Conv2d)]
-        banks = [layer.weight for layer in convolutions[1:] if layer.weight.requires_grad]
-    ids = set(map(id, banks))
-    parameters = [parameter for parameter in network.parameters() if id(parameter) not in ids]
-    groups = [{"params": parameters, "lr_factor": 1.0}]
-    if (config.bias_lr_factor, config.bias_decay_factor) != (1, 1):
-        biases = {
-            "params": [parameter for parameter in parameters if parameter.dim() == 1],
-            "lr_factor": config.bias_lr_factor,
-            "weight_decay": config.bias_decay_factor * config.weight_decay,
-        }
-        groups[0]["params"] = [parameter for parameter in parameters if parameter.dim() > 1]
-        groups.append(biases)
-    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
-    settings["fused"] = True  # one operation for all weights
-    if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=config.momentum, **settings)
-        names = ("momentum_buffer",) if config.momentum else ()
-    else:
-        optimizer = torch.optim.Adam(groups, **settings)
-        names = ("exp_avg", "exp_avg_sq")
-    # The state exists from the start: a run that is resumed is copied into it, and fused SGD would
-    # take uninitialized memory for it after a first step that fp16 skips.
-    for parameter in parameters:
-        state = {name: torch.zeros_like(parameter) for name in names}
-        if "exp_avg" in state:
-            state["step"] = parameter.new_zeros(())
-        if state:
-            optimizer.state[parameter] = state
-    if banks:
-        return MuonBeside(optimizer, banks, config.muon_lr / config.lr)
-    return optimizer
-
-
-class MuonBeside(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for filter banks beside another optimizer for the other parameters.
-
-    Muon steps along the momentum made orthogonal, so that all directions of a matrix are learnt at
-    one rate. torch.optim.Muon takes matrices: a bank [filters, channels, h, w] is one of filters by
-    inputs, in whatever order its inputs lie in memory.
-    """
-
-    def __init__(self, other: torch.optim.Optimizer, banks: list[Tensor], lr_factor: float):
-        # The groups of the other are its own: it sees the learning rates that are set here.
-        groups = [{"params": banks, "lr_factor": lr_factor}, *other.param_groups]
-        super().__init__(groups, {})
-        self.other = other
-        matrices = [as_matrix(bank.detach()) for bank in banks]  # views of the banks
-        self.muon = torch.optim.Muon(matrices, weight_decay=0.0)
-        for bank, matrix in zip(banks, matrices, strict=True):
-            self.state[bank] = self.muon.state[matrix]
-            self.state[bank]["momentum_buffer"] = torch.zeros_like(matrix)
-        self.state.update(other.state)
-
-    def step(self) -> None:
-        """Take a step with each."""
-        own, mine = self.param_groups[0], self.muon.param_groups[0]
-        for bank, matrix in zip(own["params"], mine["params"], strict=True):
-            matrix.grad = as_matrix(bank.grad)
-        mine["lr"] = own["lr"]
-        self.muon.step()
-        self.other.step()
-
-
-def as_matrix(bank: Tensor) -> Tensor:
-    """Return a filter bank [N, C, h, w] as the matrix [N, C h w] that shares its memory."""
-    if not bank.is_contiguous():  # channels last
-        bank = bank.movedim(1, -1)
-    return bank.flatten(1)
 
 
 def make_network(config: Config, num_classes: int) -> AlexNet:
@@ -213,14 +101,13 @@ def start_from(network: AlexNet, path: Path, classes: list[str]) -> list[str]:
     The last layer stays new if it is for other classes.
     """
     trained, _, checkpoint = load_network(path)
-    weights, own = trained.state_dict(), network.state_dict()
-    last = (
-        [] if checkpoint["classes"] == classes else ["classifier.fc8.weight", "classifier.fc8.bias"]
-    )
+    own, weights = network.state_dict(), trained.state_dict()
+    if checkpoint["classes"] != classes:
+        weights = {name: weights[name] for name in weights if "fc8" not in name}
     fitting = {
         name: value
         for name, value in weights.items()
-        if name in own and name not in last and own[name].shape == value.shape
+        if name in own and own[name].shape == value.shape
     }
     network.load_state_dict(fitting, strict=False)
     return sorted({name.split(".")[1] for name in own.keys() - fitting.keys()})

@@ -21,6 +21,7 @@ from dataset import DATASETS, DEFAULT_DATA_DIR, Dataset
 from distributed import Processes
 from figures import save_figure
 from model import AlexNet, LocalResponseNorm, PaperDropout
+from optimizers import make_optimizer
 from research import figures
 from run import DivergedError, Run, check_output_dir
 from utils import (
@@ -137,7 +138,7 @@ def make_run(run_dir: Path, variant: str, config: recipes.Config, dataset: Datas
         change(network)
     device = select_device(config.device)
     network = to_device(network, device)
-    optimizer = train.make_optimizer(network, config)
+    optimizer = make_optimizer(network, config)
     return Run(run_dir, config, dataset, network, optimizer, device, Processes())
 
 

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from conftest import DEVICES, needs_gpu, read_rows, run_python, same
 
 import dataset
+import optimizers
 import run as run_module
 import train
 from dataset import draw_shapes
 from distributed import Processes
 from evaluate import loss_and_accuracy
 from model import AlexNet
+from optimizers import cosine_lr, make_optimizer, plateau_lr
 from predict import Classifier
 from recipes import new_config
 from transforms import Mix, to_channels_last
@@ -55,11 +57,11 @@ def test_warm_up_and_cosine_are_one_cycle():
         optimizer.step()
         if len(expected) < 1000:
             schedule.step()
-    rates = [train.cosine_lr(step, 1000, 0.1, 0.3) for step in range(1000)]
+    rates = [cosine_lr(step, 1000, 0.1, 0.3) for step in range(1000)]
     assert rates[299:] == pytest.approx(expected[299:], abs=3e-4)
     assert rates[:300] == pytest.approx([0.1 * (step + 1) / 300 for step in range(300)])  # linear
     for total in (1, 2, 5):
-        assert all(0 < train.cosine_lr(step, total, 0.1, 0.05) <= 0.1 for step in range(total))
+        assert all(0 < cosine_lr(step, total, 0.1, 0.05) <= 0.1 for step in range(total))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_warm_up_and_cosine_are_one_cycle():
     ],
 )
 def test_plateau_divides_the_rate_by_ten(accuracies, divisions):
-    assert train.plateau_lr(accuracies, 0.01) == pytest.approx(0.01 * 0.1**divisions)
+    assert plateau_lr(accuracies, 0.01) == pytest.approx(0.01 * 0.1**divisions)
 
 
 def test_rate_of_a_run_follows_the_schedule_to_its_end(tiny, after_step):
@@ -103,7 +105,7 @@ def test_rate_of_a_run_follows_the_schedule_to_its_end(tiny, after_step):
 
 def test_rate_falls_within_a_run_when_validation_stalls(tiny, monkeypatch, capsys):
     accuracies = iter([0.1, 0.05, 0.1])
-    monkeypatch.setattr(train, "PATIENCE", 1)
+    monkeypatch.setattr(optimizers, "PATIENCE", 1)
     monkeypatch.setattr(run_module, "loss_and_accuracy", lambda *_: (2.3, next(accuracies)))
     assert tiny("--recipe", "paper", "--epochs", 3, "--output-dir", "run") == 0
     rows = read_rows("run/metrics.csv")
@@ -120,18 +122,18 @@ def test_parameter_groups():
         network = AlexNet()
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     layers = [f"conv{i}" for i in range(1, 6)] + ["fc6", "fc7", "fc8"]
-    optimizer = train.make_optimizer(network, new_config({"recipe": "paper"}))
+    optimizer = make_optimizer(network, new_config({"recipe": "paper"}))
     for group, kind in zip(optimizer.param_groups, ("weight", "bias"), strict=True):
         found = [names[id(parameter)].partition(".")[2] for parameter in group["params"]]
         assert found == [f"{layer}.{kind}" for layer in layers]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4, 0]
     assert [group["lr_factor"] for group in optimizer.param_groups] == [1, 2]
     for recipe, kind in (("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)):
-        optimizer = train.make_optimizer(network, new_config({"recipe": recipe}))
+        optimizer = make_optimizer(network, new_config({"recipe": recipe}))
         assert type(optimizer) is kind
         [everything] = optimizer.param_groups
         assert len(everything["params"]) == 16
-    banks, others = train.make_optimizer(network, new_config({"recipe": "muon"})).param_groups
+    banks, others = make_optimizer(network, new_config({"recipe": "muon"})).param_groups
     assert [names[id(bank)] for bank in banks["params"]] == [
         f"features.conv{i}.weight" for i in range(2, 6)
     ]
@@ -145,7 +147,7 @@ def test_steps_follow_the_papers_equations():
     w, b = (parameter.detach().numpy().copy() for parameter in network.parameters())
     v, u = np.zeros_like(w), np.zeros_like(b)
     e = 0.1
-    optimizer = train.make_optimizer(network, new_config({"recipe": "paper"}))
+    optimizer = make_optimizer(network, new_config({"recipe": "paper"}))
     for _ in range(5):
         scores = np.exp(x.numpy() @ w.T + b)
         g = (scores / scores.sum(axis=1, keepdims=True) - np.eye(3)[y]) / 6
@@ -168,7 +170,7 @@ def test_muon_steps_along_the_orthogonalized_momentum(memory_format):
     network.features = torch.nn.Sequential(*(torch.nn.Conv2d(4, n, 3) for n in (4, 4, 60)))
     network.to(memory_format=memory_format)
     banks = [layer.weight for layer in network.features][1:]
-    optimizer = train.make_optimizer(network, new_config({"optimizer": "muon"}))
+    optimizer = make_optimizer(network, new_config({"optimizer": "muon"}))
     for group in optimizer.param_groups:
         group["lr"] = group["lr_factor"] * 4e-4
     momenta = [0.0] * len(banks)
