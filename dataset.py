@@ -112,54 +112,56 @@ def load_folder(
     classes: list[str] | None = None,
     size: int | None = None,
     wanted: tuple[str, ...] = SPLITS,
-    is_foreign: bool = False,
+    all_for_test: bool = False,
     quiet: bool = False,
 ) -> Dataset:
     """Load pictures from FOLDER/train/CLASS, FOLDER/val/CLASS, FOLDER/test/CLASS or FOLDER/CLASS.
 
-    A split that is missing is held out from the training pictures, the same ones at every call.
+    A split that is missing is held out from the training pictures, the same ones as long as the
+    folder has the same files.
 
     Args:
         classes: only these, in this order; by default all.
         size: side of the images in pixels; by default common_size().
         wanted: the splits to read; the others are empty.
-        is_foreign: whether the network was not trained on this folder, so that all pictures of one
-            without splits may be test images.
+        all_for_test: if the folder has no splits, all its pictures are test images.
+        quiet: nothing is printed.
     """
-    found = find_pictures(folder, classes)
-    files = dict(found.files)
-    if is_foreign and "all" in files:
-        files = {"train": [], "val": [], "test": files["all"]}
-    elif "all" in files:
-        files["train"] = files.pop("all")
+    all_classes, files = find_pictures(folder)
+    classes = choose_classes(classes, all_classes)
+    if "all" in files:
+        files = {"test" if all_for_test else "train": files["all"]}
     size = size or common_size([path for pairs in files.values() for path, _ in pairs])
-    added = [split for split in ("test", "val") if split not in files]
-    train, counts = files["train"], None
-    for split in added:
-        labels = torch.tensor([label for _, label in train])
-        if counts is None:
-            counts = labels.bincount()
-            if counts.min() <= len(added):
-                name = found.classes[counts.argmin()]
-                raise UserError(
-                    f"{folder}: {counts.min()} pictures of the class {name} are too few"
-                )
-        held_out = held_out_mask(labels, counts)
-        files[split] = [pair for pair, chosen in zip(train, held_out, strict=True) if chosen]
-        train = [pair for pair, chosen in zip(train, held_out, strict=True) if not chosen]
-    files["train"] = train
-    splits, names = {}, {}
-    for split in SPLITS:
-        images, labels, names[split] = decode(files[split] if split in wanted else [], size, quiet)
-        splits[split] = Split(images, labels)
-    numbers = [
-        f"{len(names[split]):,} for {purpose}{' (held out)' if split in added else ''}"
-        for split, purpose in (("train", "training"), ("val", "validation"), ("test", "test"))
-        if split in wanted
-    ]
+    held_out = [name for name in ("test", "val") if name not in files and "train" in files]
+    if held_out:
+        labels = torch.tensor([label for _, label in files["train"]])
+        counts = labels.bincount()
+    for name in held_out:
+        mask = held_out_mask(torch.tensor([label for _, label in files["train"]]), counts)
+        pairs = list(zip(files["train"], mask.tolist(), strict=True))
+        files[name] = [pair for pair, is_chosen in pairs if is_chosen]
+        files["train"] = [pair for pair, is_chosen in pairs if not is_chosen]
+    splits, names, told = {}, {}, []
+    for name, purpose in (("train", "training"), ("val", "validation"), ("test", "test")):
+        chosen = [
+            (path, classes.index(all_classes[label]))
+            for path, label in (files.get(name, []) if name in wanted else [])
+            if all_classes[label] in classes
+        ]
+        images, labels, names[name] = decode(chosen, size, quiet)
+        splits[name] = Split(images, labels)
+        if chosen:
+            for label, count in enumerate(labels.bincount(minlength=len(classes)).tolist()):
+                if not count:
+                    raise UserError(
+                        f"{folder}: too few pictures of the class {classes[label]} for "
+                        f"{purpose}; there should be {1 + len(held_out)} at least"
+                    )
+            note = " (held out)" if name in held_out else ""
+            told.append(f"{len(labels):,} for {purpose}{note}")
     if not quiet:
-        log(f"{folder}: {len(found.classes)} classes, {size}x{size} pixels: {', '.join(numbers)}")
-    return Dataset(found.classes, **splits, names=names)
+        log(f"{folder}: {len(classes)} classes, {size}x{size} pixels: {', '.join(told)}")
+    return Dataset(classes, **splits, names=names)
 
 
 def held_out_mask(labels: Tensor, counts: Tensor | None = None) -> Tensor:

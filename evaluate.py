@@ -312,14 +312,16 @@ def parse_arguments() -> argparse.Namespace:
 def load_data(args: argparse.Namespace, training: dict, classes: list[str], size: int) -> Dataset:
     """Return the data set to evaluate on: that of the training, or another with its classes."""
     name = args.dataset or training["dataset"]
-    is_foreign = name != training["dataset"]
+    is_other = name != training["dataset"]
     trained_on = data_dir_of(training)
-    folder = args.data_dir or (Path(DEFAULT_DATA_DIR) if is_foreign else trained_on)
+    folder = args.data_dir or (Path(DEFAULT_DATA_DIR) if is_other else trained_on)
     if name != "folder":
         return load_dataset(name, folder, classes)
-    is_foreign = is_foreign or folder.resolve() != trained_on.resolve()
+    # If the folder of the training is gone, this may be it, moved: its training pictures are not
+    # to be test images.
+    is_other = is_other or (trained_on.is_dir() and folder.resolve() != trained_on.resolve())
     wanted = ("train", args.split) if args.figures else (args.split,)
-    return load_folder(folder, classes, size, wanted, is_foreign)
+    return load_folder(folder, classes, size, wanted, all_for_test=is_other)
 
 
 def main() -> None:

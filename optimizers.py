@@ -52,23 +52,26 @@ def make_optimizer(network: AlexNet, config: Config) -> torch.optim.Optimizer:
     and learning rate r. The paper's (§5) is v <- m v - r d w - r g, w <- w + v. They are the same,
     with v = -r b, while r is constant; after a change of r the paper's v still holds the old r.
     """
-    banks = []
+    filters = []
     if config.optimizer == "muon":
         convolutions = [layer for layer in network.features if isinstance(layer, nn.Conv2d)]
-        banks = [layer.weight for layer in convolutions[1:] if layer.weight.requires_grad]
-    ids = set(map(id, banks))
-    parameters = [parameter for parameter in network.parameters() if id(parameter) not in ids]
+        filters = [layer.weight for layer in convolutions[1:] if layer.weight.requires_grad]
+    parameters = [
+        parameter
+        for parameter in network.parameters()
+        if not any(parameter is weight for weight in filters)
+    ]
     groups = [{"params": parameters, "lr_factor": 1.0}]
     if (config.bias_lr_factor, config.bias_decay_factor) != (1, 1):
         biases = {
-            "params": [parameter for parameter in parameters if parameter.dim() == 1],
+            "params": [parameter for parameter in parameters if parameter.dim() <= 1],
             "lr_factor": config.bias_lr_factor,
             "weight_decay": config.bias_decay_factor * config.weight_decay,
         }
         groups[0]["params"] = [parameter for parameter in parameters if parameter.dim() > 1]
         groups.append(biases)
-    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
-    settings["fused"] = True  # one operation for all weights
+    # fused: one operation for all weights
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=config.momentum, **settings)
         names = ("momentum_buffer",) if config.momentum else ()
@@ -83,43 +86,41 @@ def make_optimizer(network: AlexNet, config: Config) -> torch.optim.Optimizer:
             state["step"] = parameter.new_zeros(())
         if state:
             optimizer.state[parameter] = state
-    if banks:
-        return MuonBeside(optimizer, banks, config.muon_lr / config.lr)
-    return optimizer
+    return MuonAndAdam(filters, optimizer, config.muon_lr / config.lr) if filters else optimizer
 
 
-class MuonBeside(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for filter banks beside another optimizer for the other parameters.
+class MuonAndAdam(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the filters of convolutions, Adam for all other parameters.
 
     Muon steps along the momentum made orthogonal, so that all directions of a matrix are learnt at
-    one rate. torch.optim.Muon takes matrices: a bank [filters, channels, h, w] is one of filters by
-    inputs, in whatever order its inputs lie in memory.
+    one rate. torch.optim.Muon takes matrices: filters [N, C, h, w] are one of N rows, in whatever
+    order the values of a row lie in memory.
     """
 
-    def __init__(self, other: torch.optim.Optimizer, banks: list[Tensor], lr_factor: float):
-        # The groups of the other are its own: it sees the learning rates that are set here.
-        groups = [{"params": banks, "lr_factor": lr_factor}, *other.param_groups]
+    def __init__(self, filters: list[Tensor], adam: torch.optim.Adam, lr_factor: float):
+        # Adam's groups are its own: it sees the learning rates that are set here.
+        groups = [{"params": filters, "lr_factor": lr_factor}, *adam.param_groups]
         super().__init__(groups, {})
-        self.other = other
-        matrices = [as_matrix(bank.detach()) for bank in banks]  # views of the banks
+        self.adam = adam
+        matrices = [as_matrix(weight.detach()) for weight in filters]  # views of the filters
         self.muon = torch.optim.Muon(matrices, weight_decay=0.0)
-        for bank, matrix in zip(banks, matrices, strict=True):
-            self.state[bank] = self.muon.state[matrix]
-            self.state[bank]["momentum_buffer"] = torch.zeros_like(matrix)
-        self.state.update(other.state)
+        for weight, matrix in zip(filters, matrices, strict=True):
+            self.state[weight] = self.muon.state[matrix]
+            self.state[weight]["momentum_buffer"] = torch.zeros_like(matrix)
+        self.state.update(adam.state)
 
     def step(self) -> None:
         """Take a step with each."""
-        own, mine = self.param_groups[0], self.muon.param_groups[0]
-        for bank, matrix in zip(own["params"], mine["params"], strict=True):
-            matrix.grad = as_matrix(bank.grad)
-        mine["lr"] = own["lr"]
+        filters, matrices = self.param_groups[0], self.muon.param_groups[0]
+        for weight, matrix in zip(filters["params"], matrices["params"], strict=True):
+            matrix.grad = as_matrix(weight.grad)
+        matrices["lr"] = filters["lr"]
         self.muon.step()
-        self.other.step()
+        self.adam.step()
 
 
-def as_matrix(bank: Tensor) -> Tensor:
-    """Return a filter bank [N, C, h, w] as the matrix [N, C h w] that shares its memory."""
-    if not bank.is_contiguous():  # channels last
-        bank = bank.movedim(1, -1)
-    return bank.flatten(1)
+def as_matrix(filters: Tensor) -> Tensor:
+    """Return filters [N, C, h, w] as the matrix [N, C h w] that shares their memory."""
+    if not filters.is_contiguous():  # channels last
+        filters = filters.movedim(1, -1)
+    return filters.flatten(1)

@@ -26,7 +26,10 @@ from tqdm import tqdm
 from utils import UserError, is_out_of_memory, log, summarize_error, user_file
 
 SPLITS = ("train", "val", "test")
+LIKE_SPLITS = {"training", "valid", "validation", "testing", *SPLITS}  # in lower case
 STDIN = "-"
+# What Pillow finds but does not read, or reads with another program.
+NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR"}
 MAX_PIXELS = 2**26  # of a picture; larger ones are refused before they are unpacked
 LARGE_SIZE = 256  # pixels: what the paper made of ImageNet's pictures (§2)
 SMALL_SIZE = 64  # pixels; a folder whose pictures all have one size up to this keeps it
@@ -42,21 +45,19 @@ def read_image(source: str | Path, size: int) -> Tensor:
     The largest square in its middle, upright, in RGB, on white where it is transparent. Raises
     UserError if it is no picture that Pillow reads.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metadata that is not used
+        return _read(source, size)
+
+
+def _read(source: str | Path, size: int) -> Tensor:
+    with user_file("read", source):
+        if source != STDIN and Path(source).exists() and not Path(source).is_file():
+            raise UserError(f"{source} is not a regular file")  # a pipe could be endless
+        data = sys.stdin.buffer.read() if source == STDIN else Path(source).read_bytes()
     try:
-        with user_file("read", source), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of metadata that is not used
-            if source != STDIN and Path(source).exists() and not Path(source).is_file():
-                raise ValueError("not a regular file")  # a pipe could be endless
-            file = io.BytesIO(sys.stdin.buffer.read()) if source == STDIN else source
-            try:
-                with Image.open(file, formats=_formats()) as image:
-                    return to_tensor(image, size)
-            except (FileNotFoundError, PermissionError):
-                raise
-            except OSError as error:  # Pillow's for a damaged file
-                raise ValueError(summarize_error(error)) from error
-    except UserError:
-        raise
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            return to_tensor(image, size)
     except Exception as error:  # Pillow raises many types on a damaged file
         if is_out_of_memory(error):
             raise
@@ -65,12 +66,17 @@ def read_image(source: str | Path, size: int) -> Tensor:
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:
-    """Return the largest square in the middle of a picture as uint8 [3, size, size]."""
+    """Return the largest square in the middle of a picture as uint8 [3, size, size].
+
+    Raises ValueError for a picture of too many pixels or of numbers that are not whole.
+    """
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"it has more than {MAX_PIXELS:,} pixels")
+    if image.mode == "F":
+        raise ValueError("its pixels are not whole numbers")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits of gray, of which RGB keeps 8
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -82,9 +88,9 @@ def to_tensor(image: Image.Image, size: int) -> Tensor:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Return what Pillow reads by itself; PostScript would start another program."""
+    """Return the formats of pictures that Pillow reads by itself, without another program."""
     Image.init()
-    return [name for name in Image.OPEN if name not in ("EPS", "WMF")]
+    return [name for name in Image.OPEN if name not in NO_PICTURES]
 
 
 def is_picture(name: str) -> bool:
@@ -99,7 +105,7 @@ def list_pictures(folder: Path) -> list[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if is_picture(name)]
-    return sorted(found, key=lambda path: natural_key(str(path)))
+    return sorted(found, key=lambda path: (natural_key(str(path)), str(path)))
 
 
 def natural_key(name: str) -> list:
@@ -121,10 +127,10 @@ class PictureFolder(NamedTuple):
     files: dict[str, list[tuple[Path, int]]]
 
 
-def find_pictures(folder: Path, classes: list[str] | None = None) -> PictureFolder:
+def find_pictures(folder: Path) -> PictureFolder:
     """Return what is in FOLDER/train/CLASS, FOLDER/val/CLASS, FOLDER/test/CLASS or FOLDER/CLASS.
 
-    Files are in the order of their names, whatever their class. classes: only these, in this order.
+    Files are in the order of their names, whatever their class.
 
     Raises UserError, naming what it is, for a split without train, a class without pictures or
     that another split does not have, and for less than two classes.
@@ -132,12 +138,18 @@ def find_pictures(folder: Path, classes: list[str] | None = None) -> PictureFold
     with user_file("read", folder):
         if not folder.is_dir():
             raise UserError(f"--data-dir {folder} is not a folder; name one of pictures")
+        for path in folder.iterdir():
+            if path.name not in SPLITS and path.name.lower() in LIKE_SPLITS and path.is_dir():
+                raise UserError(f"{path}: name the folders of the splits train, val and test")
         splits = {name: folder / name for name in SPLITS if (folder / name).is_dir()}
         found = {name: _pictures_by_class(path) for name, path in splits.items()}
         found = found or {"all": _pictures_by_class(folder)}
     if splits and "train" not in splits:
         raise UserError(f"{folder} has {' and '.join(splits)}, but no folder train")
-    names = sorted(next(iter(found.values())), key=natural_key)
+    names = sorted(next(iter(found.values())), key=lambda name: (natural_key(name), name))
+    if len(names) < 2:
+        where = folder / "train" if splits else folder
+        raise UserError(f"{where} has {len(names)} folders of classes; a network needs two or more")
     for split, pictures in found.items():
         if different := set(names) ^ set(pictures):
             raise UserError(
@@ -146,11 +158,10 @@ def find_pictures(folder: Path, classes: list[str] | None = None) -> PictureFold
             )
         if empty := [name for name in names if not pictures[name]]:
             raise UserError(f"{folder}: there are no pictures of the class {empty[0]} ({split})")
-    names = choose_classes(classes, names)
     files = {
         split: sorted(
             ((path, label) for label, name in enumerate(names) for path in pictures[name]),
-            key=lambda pair: natural_key(pair[0].name),
+            key=lambda pair: (natural_key(pair[0].name), pair[1]),
         )
         for split, pictures in found.items()
     }
@@ -211,14 +222,15 @@ def decode(
 
     def read(path: Path) -> Tensor | UserError:
         try:
-            return read_image(path, size)
+            return _read(path, size)
         except UserError as error:
             return error
 
     labels, names, errors = [], [], []
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        with tempfile.TemporaryFile() as file:
+        with tempfile.TemporaryFile() as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             results = pool.map(read, [path for path, _ in files])
             disable = True if quiet else None  # None: shown on a terminal
             bar = tqdm(results, "reading", len(files), leave=False, unit="picture", disable=disable)
@@ -236,10 +248,11 @@ def decode(
                 images = torch.from_numpy(np.memmap(file, np.uint8, "c", shape=shape))
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C the rest is not read
-    if len(errors) > MAX_UNREADABLE * len(files):
+    if len(errors) > max(1, MAX_UNREADABLE * len(files)):
         raise UserError(
             f"{len(errors)} of {len(files)} pictures cannot be read, such as: {errors[0]}"
         )
-    for error in errors[: 0 if quiet else None]:
-        log(f"left out: {error}")
+    if not quiet:
+        for error in errors:
+            log(f"left out: {error}")
     return images, torch.tensor(labels, dtype=torch.int64), names

@@ -45,6 +45,8 @@ from utils import (
     to_device,
 )
 
+FEW_STEPS = 200  # shapes are learnt in 188
+
 # --- The loop ---
 
 
@@ -55,8 +57,9 @@ def train(run: Run, stop: StopRequest) -> None:
         run.network.train()
         run.progress.start_epoch()
         for images, labels in run.batches():  # shuffled, augmented, normalized, 227x227
+            lr = lr_at(run, run.global_step)
             for group in optimizer.param_groups:
-                group["lr"] = group["lr_factor"] * lr_at(run, run.global_step)
+                group["lr"] = group["lr_factor"] * lr
             run.seed_step()  # for CutMix and dropout: a resumed run draws the same
             images, targets = run.mix(images, labels, run.global_step)
             with autocast(run.device, config.precision):
@@ -95,6 +98,14 @@ def make_network(config: Config, num_classes: int) -> AlexNet:
     return network
 
 
+def check_weights(config: Config) -> None:
+    """Raise UserError for weights to start from that are of another kind of input."""
+    _, _, checkpoint = load_network(config.weights)
+    theirs = checkpoint["training"].get("input")
+    if theirs != config.input:
+        raise UserError(f"--weights {config.weights} needs --input {theirs}, as it was trained")
+
+
 def start_from(network: AlexNet, path: Path, classes: list[str]) -> list[str]:
     """Copy the weights of a checkpoint into all layers that they fit; return the other layers.
 
@@ -130,7 +141,7 @@ def prepare(overrides: dict, processes: Processes) -> Run:
     if output_dir and not resume:
         on_main(lambda: check_output_dir(output_dir))
     if config.weights and not resume:
-        on_main(lambda: load_network(config.weights))  # an error is told before data is read
+        on_main(lambda: check_weights(config))  # before data is read
     device = processes.select_device(config.device)
     # Machines may differ.
     precision = on_main(lambda: select_precision(config.precision, device))
@@ -202,6 +213,11 @@ def train_and_report(run: Run) -> int:
         f"validation images, {count_of(config.epochs, 'epoch')}, {config.precision} on {where}\n"
         f"the run's folder is {run.dir}"
     )
+    if config.dataset == "folder" and run.total_steps < FEW_STEPS:
+        run.log(
+            f"that is {run.total_steps} steps, too few to learn much: give more --epochs, or a "
+            "smaller --batch-size"
+        )
     if run.epoch or run.step:
         run.log(f"resumed after epoch {run.epoch}, step {run.step}")
     try:

@@ -174,15 +174,13 @@ def test_classes_are_the_folders_in_natural_order(tmp_path):
     assert files.keys() == {"train", "test"}
     names = [(path.name, label) for path, label in files["train"]]
     assert names == [(f"{i}.png", label) for i in range(2) for label in range(3)]
-    chosen, files = find_pictures(tmp_path, ["Ünïcödé 猫", "class 2"])
-    assert chosen == ["Ünïcödé 猫", "class 2"]
-    assert {path.parent.name for path, label in files["test"] if label == 0} == {"Ünïcödé 猫"}
 
 
 BAD_FOLDERS = {
     "nowhere": (lambda folder: None, "is not a folder"),
-    "nothing": (Path.mkdir, "needs two classes or more; found none"),
-    "one class": (lambda f: write_classes(f, {"cat": 9}), "two classes or more; found cat"),
+    "nothing": (Path.mkdir, "pets has 0 folders of classes; a network needs two or more"),
+    "one class": (lambda f: write_classes(f / "train", {"cat": 9}), "pets/train has 1 folders"),
+    "other names": (lambda f: write_classes(f, {"Train": 9, "Valid": 9}), "train, val and test"),
     "empty class": (lambda f: write_classes(f, {"a": 9, "b": 9}) or (f / "c").mkdir(), "class c"),
     "no train": (lambda f: write_classes(f / "test", {"a": 1, "b": 1}), "but no folder train"),
     "other classes": (
@@ -191,7 +189,10 @@ BAD_FOLDERS = {
         ),
         "train and val differ in the class b",
     ),
-    "too few": (lambda f: write_classes(f, {"a": 9, "b": 2}), "2 pictures of the class b are too"),
+    "too few": (
+        lambda f: write_classes(f, {"a": 9, "b": 2}),
+        "too few pictures of the class b for t",
+    ),
 }
 
 
@@ -227,7 +228,10 @@ def test_missing_splits_are_held_out_a_tenth_of_each_class(tmp_path, capsys):
     part = load_folder(tmp_path, size=16, wanted=("test",))
     assert (part.test.images.shape, len(part.train.labels)) == ((6, 3, 16, 16), 0)
     assert part.names["test"] == first.names["test"]
-    assert len(load_folder(tmp_path, is_foreign=True).test.labels) == 54
+    assert len(load_folder(tmp_path, all_for_test=True).test.labels) == 54
+    chosen = load_folder(tmp_path, ["c", "a"])
+    assert set(chosen.names["test"]) <= set(first.names["test"])
+    assert {Path(chosen.names["val"][i]).parent.name for i in chosen.val.labels.nonzero()} == {"a"}
 
 
 def test_size_is_that_of_small_squares_or_256(tmp_path):
@@ -353,3 +357,15 @@ def test_network_of_another_data_set_is_tested_on_a_folder_of_its_classes(tiny, 
     a, b = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
     assert a["confusion_matrix"] == b["confusion_matrix"]
     assert (b["dataset"], b["training"]["dataset"]) == ("folder", "shapes")
+
+
+def test_weights_of_another_kind_of_input_are_refused(tiny, tiny_run, capsys):
+    options = ["--weights", "run/best.pt", "--recipe", "paper", "--output-dir", "new"]
+    assert tiny(*options) == 2
+    assert "needs --input standardized, as it was trained" in capsys.readouterr().err
+
+
+def test_run_of_few_steps_says_so(tiny, shapes_as_files, capsys):
+    own = ["--dataset", "folder", "--data-dir", "pets", "--epochs", 1, "--output-dir", "run"]
+    assert tiny(*own) == 0
+    assert "that is 5 steps, too few to learn much: give more --epochs" in capsys.readouterr().out
