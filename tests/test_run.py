@@ -497,3 +497,14 @@ def test_everything_runs_without_the_folder_kernels(tiny, tmp_path):
     for a, b in zip(ours, theirs, strict=True):
         for name in METRICS:
             assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-4)
+
+
+def test_run_that_is_still_guessing_says_so_once(tiny, monkeypatch, capsys):
+    """After its first epoch, and only if the loss is within 1% of ln 10 = 2.303."""
+    told = "the loss is still that of guessing, ln 10 = 2.30"
+    assert tiny("--epochs", 2, "--output-dir", "a") == 0
+    assert capsys.readouterr().out.count(told) == 1
+    for loss, count in ((2.27, 0), (2.29, 1), (3.0, 1)):
+        monkeypatch.setattr(Run, "validate", lambda run, loss=loss: (loss, 0.1))
+        assert tiny("--epochs", 2, "--output-dir", str(loss)) == 0
+        assert capsys.readouterr().out.count(told) == count
