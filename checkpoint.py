@@ -4,8 +4,8 @@
 
 A checkpoint is a dictionary of tensors and plain values: format, format_version, model (settings of
 AlexNet), layers (their types), weights, classes, preprocessing, training (settings of the run),
-epoch; in last.pt also optimizer, scaler and progress, which resuming needs. compact.py writes
-smaller ones.
+epoch; after a training on pictures of the user also seen, their fingerprints; in last.pt also
+optimizer, scaler and progress, which resuming needs. compact.py writes smaller ones.
 """
 
 import math
@@ -219,6 +219,9 @@ def _check_content(checkpoint: dict) -> Preprocessing:
     check_dicts(checkpoint, "model", "weights", "preprocessing", "training")
     model, training, classes = (checkpoint[name] for name in ("model", "training", "classes"))
     _check_plain(*model.values(), *training, *training.values())
+    seen = checkpoint.get("seen", torch.empty(0, dtype=torch.int64))
+    if not isinstance(seen, Tensor) or (seen.dtype, seen.dim()) != (torch.int64, 1):
+        raise TypeError("the pictures that it has seen are not a list of numbers")
     if not isinstance(classes, list):
         raise TypeError("the classes are not a list")
     if len(classes) != model["num_classes"] or not all(map(str.isprintable, classes)):

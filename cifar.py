@@ -118,7 +118,8 @@ def _fetch(kind: type[CIFAR10], data_dir: Path) -> None:
             raise UserError(
                 f"{kind.__name__} is not in {data_dir}, and fetching it from {kind.url} failed "
                 f"({error}). Copy {kind.filename} into {data_dir}, or name the folder that "
-                "holds it with --data-dir, or try --dataset shapes, which needs no download"
+                "holds it with --data-dir, or try --dataset shapes, which needs no download. For "
+                "pictures of your own, give --dataset folder"
             ) from error
         folder = data_dir / kind.base_folder
         with user_file("write to", folder):

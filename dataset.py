@@ -7,6 +7,7 @@
 transforms.py turns them into the network's input.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -71,7 +72,7 @@ class Dataset:
 
     def only(self, classes: list[str] | None) -> "Dataset":
         """Return the data set with these classes alone, numbered in this order."""
-        classes = choose_classes(classes, self.classes)
+        classes = choose_classes(classes, self.classes, "the data set")
         if classes == self.classes:
             return self
         numbers = torch.full((len(self.classes),), -1)
@@ -128,7 +129,7 @@ def load_folder(
         quiet: nothing is printed.
     """
     all_classes, files = find_pictures(folder)
-    classes = choose_classes(classes, all_classes)
+    classes = choose_classes(classes, all_classes, str(folder))
     if "all" in files:
         files = {"test" if all_for_test else "train": files["all"]}
     size = size or common_size([path for pairs in files.values() for path, _ in pairs])
@@ -150,7 +151,7 @@ def load_folder(
         ]
         images, labels, names[name] = decode(chosen, size, quiet)
         splits[name] = Split(images, labels)
-        if chosen:
+        if name in wanted and name in files:
             for label, count in enumerate(labels.bincount(minlength=len(classes)).tolist()):
                 if not count:
                     raise UserError(
@@ -162,6 +163,12 @@ def load_folder(
     if not quiet:
         log(f"{folder}: {len(classes)} classes, {size}x{size} pixels: {', '.join(told)}")
     return Dataset(classes, **splits, names=names)
+
+
+def fingerprints(images: Tensor) -> Tensor:
+    """Return a number for each uint8 image [N, 3, H, W], int64 [N]: others have another number."""
+    hashes = [hashlib.blake2b(bytes(image.numpy()), digest_size=8).digest() for image in images]
+    return torch.frombuffer(bytearray(b"".join(hashes)), dtype=torch.int64)
 
 
 def held_out_mask(labels: Tensor, counts: Tensor | None = None) -> Tensor:

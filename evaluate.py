@@ -5,7 +5,6 @@ Network and preprocessing are rebuilt from the checkpoint alone, which also name
 
 import argparse
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from dataset import (
     Dataset,
     Split,
     data_dir_of,
+    fingerprints,
     load_dataset,
     load_folder,
 )
@@ -134,15 +134,20 @@ def summarize(logits: Tensor, labels: Tensor, classes: list[str]) -> dict:
 
 
 def write_predictions(
-    path: Path, names: Iterable, labels: Tensor, logits: Tensor, classes: list[str]
+    path: Path, names: list[str] | None, labels: Tensor, logits: Tensor, classes: list[str]
 ) -> None:
-    """Write a CSV file with a row for each image: its name, class, prediction, probabilities."""
+    """Write a CSV file with a row for each image: its class, prediction and probabilities.
+
+    Images without names are numbered.
+    """
+    names = names or range(len(labels))
     rows = [
         {"image": name, "label": classes[label], "prediction": classes[row.index(max(row))]}
         | {f"p({one})": f"{value:.6f}" for one, value in zip(classes, row, strict=True)}
         for name, label, row in zip(names, labels.tolist(), logits.softmax(1).tolist(), strict=True)
     ]
     write_csv(path, rows[0], rows)
+    print(f"wrote {path}")
 
 
 def print_summary(one_view: dict, ten_views: dict | None = None) -> None:
@@ -166,11 +171,12 @@ def print_summary(one_view: dict, ten_views: dict | None = None) -> None:
 
 def print_classes(summary: dict) -> None:
     """Print accuracy by class and the most confused pairs of what summarize() returned."""
-    print(f"\n{'class':<14}{'images':>7}{'accuracy':>10}   95% interval")
+    width = max(12, *(len(row["class"]) for row in summary["per_class"])) + 2
+    print(f"\n{'class':<{width}}{'images':>7}{'accuracy':>10}   95% interval")
     for row in summary["per_class"]:
         low, high = row["interval_95"]
         print(
-            f"{row['class']:<14}{row['images']:>7}{row['accuracy']:>10.1%}   "
+            f"{row['class']:<{width}}{row['images']:>7}{row['accuracy']:>10.1%}   "
             f"{low:.1%} to {high:.1%}"
         )
     if summary["most_confused"]:
@@ -317,11 +323,19 @@ def load_data(args: argparse.Namespace, training: dict, classes: list[str], size
     folder = args.data_dir or (Path(DEFAULT_DATA_DIR) if is_other else trained_on)
     if name != "folder":
         return load_dataset(name, folder, classes)
-    # If the folder of the training is gone, this may be it, moved: its training pictures are not
-    # to be test images.
-    is_other = is_other or (trained_on.is_dir() and folder.resolve() != trained_on.resolve())
+    is_other = is_other or folder.resolve() != trained_on.resolve()
     wanted = ("train", args.split) if args.figures else (args.split,)
     return load_folder(folder, classes, size, wanted, all_for_test=is_other)
+
+
+def leave_out(seen: Tensor, split: Split, names: list[str]) -> tuple[Split, list[str]]:
+    """Return the pictures that were not in the training, whatever folder they lie in now."""
+    is_new = ~torch.isin(fingerprints(split.images), seen)
+    if not is_new.all():
+        print(f"left out: {(~is_new).sum()} pictures that the training has seen")
+        names = [name for name, chosen in zip(names, is_new.tolist(), strict=True) if chosen]
+        split = split.select(is_new)
+    return split, names
 
 
 def main() -> None:
@@ -334,9 +348,12 @@ def main() -> None:
     if args.split == "val" and training.get("train_split") == "full":
         raise UserError(f"{args.checkpoint} was trained on the validation images; use --split test")
     dataset = load_data(args, training, classes, preprocessing.image_size)
-    split = getattr(dataset, args.split).to(device)
+    split, names = getattr(dataset, args.split), dataset.names.get(args.split)
+    if args.split == "test" and "seen" in checkpoint:
+        split, names = leave_out(checkpoint["seen"], split, names)
     if not len(split.labels):
         raise UserError(f"there are no {args.split} images of these classes")
+    split = split.to(device)
 
     network = to_device(network, device)
     batch_size = eval_batch_size(training["batch_size"])
@@ -347,7 +364,6 @@ def main() -> None:
         ten_views = summarize(classifier.ten_view_logits(split.images), split.labels, classes)
 
     if args.predictions:
-        names = dataset.names.get(args.split, range(len(logits)))
         write_predictions(args.predictions, names, split.labels, logits, classes)
     if args.json:
         record = {
@@ -364,7 +380,7 @@ def main() -> None:
         write_json(args.json, record)
 
     name = f"{DATASETS[args.dataset or training['dataset']]}, {args.split} split"
-    print(f"{args.checkpoint}: AlexNet, {checkpoint['epoch']} of {training['epochs']} epochs")
+    print(f"{args.checkpoint}: AlexNet after epoch {checkpoint['epoch']} of {training['epochs']}")
     view = "center crop" if preprocessing.enlarged_size > preprocessing.size else "whole image"
     print(f"{name}, {summary['images']:,} images, {view}, {precision} on {device_name(device)}\n")
     print_summary(summary, ten_views)

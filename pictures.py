@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -61,7 +61,8 @@ def _read(source: str | Path, size: int) -> Tensor:
     except Exception as error:  # Pillow raises many types on a damaged file
         if is_out_of_memory(error):
             raise
-        reason = summarize_error(error)
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "of no known format" if is_unknown else summarize_error(error)
         raise UserError(f"{source} is no picture that can be read ({reason:.200})") from error
 
 
@@ -145,11 +146,18 @@ def find_pictures(folder: Path) -> PictureFolder:
         found = {name: _pictures_by_class(path) for name, path in splits.items()}
         found = found or {"all": _pictures_by_class(folder)}
     if splits and "train" not in splits:
-        raise UserError(f"{folder} has {' and '.join(splits)}, but no folder train")
+        raise UserError(
+            f"{folder} has {' and '.join(splits)}, but no folder train; to test a network, name "
+            f"{folder / next(iter(splits))}"
+        )
     names = sorted(next(iter(found.values())), key=lambda name: (natural_key(name), name))
     if len(names) < 2:
         where = folder / "train" if splits else folder
-        raise UserError(f"{where} has {len(names)} folders of classes; a network needs two or more")
+        found_names = ", ".join(names) or "none"
+        raise UserError(
+            f"{where} needs two folders of pictures or more, one for each class, such as "
+            f"{where / 'cat' / '1.jpg'}; found {found_names}"
+        )
     for split, pictures in found.items():
         if different := set(names) ^ set(pictures):
             raise UserError(
@@ -157,7 +165,7 @@ def find_pictures(folder: Path) -> PictureFolder:
                 "split needs the same folders"
             )
         if empty := [name for name in names if not pictures[name]]:
-            raise UserError(f"{folder}: there are no pictures of the class {empty[0]} ({split})")
+            raise UserError(f"{folder}: the class {empty[0]} has no pictures; delete its folder")
     files = {
         split: sorted(
             ((path, label) for label, name in enumerate(names) for path in pictures[name]),
@@ -168,13 +176,17 @@ def find_pictures(folder: Path) -> PictureFolder:
     return PictureFolder(names, files)
 
 
-def choose_classes(chosen: list[str] | None, classes: list[str]) -> list[str]:
-    """Return the chosen classes, by default all. Raises UserError for unknown or too few ones."""
+def choose_classes(chosen: list[str] | None, classes: list[str], where: str) -> list[str]:
+    """Return the chosen classes, by default all. Raises UserError for unknown or too few ones.
+
+    where: the name of what has the classes.
+    """
     chosen = classes if chosen is None else list(dict.fromkeys(chosen))
     if unknown := [name for name in chosen if name not in classes]:
-        raise UserError(f"there is no class {unknown[0]}; there are {', '.join(classes)[:500]}")
+        names = ", ".join(classes)
+        raise UserError(f"{where} has no class {unknown[0]}; it has {names:.500}")
     if len(chosen) < 2:
-        raise UserError(f"a network needs two classes or more; found {', '.join(chosen) or 'none'}")
+        raise UserError(f"a network needs two classes or more, not {', '.join(chosen)} alone")
     return chosen
 
 

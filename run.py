@@ -26,7 +26,7 @@ from checkpoint import (
     load_run,
     save_checkpoint,
 )
-from dataset import Dataset
+from dataset import Dataset, fingerprints
 from distributed import Processes
 from evaluate import loss_and_accuracy
 from model import AlexNet
@@ -57,6 +57,11 @@ METRICS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "v
 TIMING = ("epoch", "seconds", "images_per_second", "peak_memory_mib")
 
 
+def quality(row: dict) -> tuple[float, float]:
+    """Return what tells the best epoch: validation accuracy; of equal ones the lowest loss."""
+    return row["val_accuracy"], -row["val_loss"]
+
+
 class DivergedError(UserError):
     """A loss or weight has become NaN or infinite."""
 
@@ -83,6 +88,9 @@ class Run:
         self.preprocessing = Preprocessing.fit(images, config.input, augmentation)
         self.augmentation = Augmentation.fit(augmentation, images)
         self.mix = Mix(config.mix, config.mix_probability, len(self.classes), config.seed)
+        self.seen: Tensor | None = None  # fingerprints of the user's training and validation images
+        if config.dataset == "folder":
+            self.seen = torch.cat([fingerprints(x.images) for x in (dataset.train, dataset.val)])
         self.train_split = dataset.train.to(device)
         # With all images in training, none are left to choose by.
         self.val_split = dataset.val.to(device) if config.train_split == "train" else None
@@ -203,7 +211,8 @@ class Run:
             val_loss, val_accuracy = self.validate()
             if not math.isfinite(val_loss):
                 raise self.diverged(f"the validation loss became {val_loss}", self.step)
-            is_best = all(val_accuracy > row["val_accuracy"] for row in self.history)
+            best_before = max(map(quality, self.history), default=(-1.0, 0.0))
+            is_best = (val_accuracy, -val_loss) > best_before
         train_loss, train_accuracy = self.running_metrics()
         self.epoch += 1
         row = {
@@ -231,9 +240,10 @@ class Run:
         self.progress.log_epoch(row)
         guess = math.log(len(self.classes))
         if self.epoch == 1 and (train_loss if val_loss is None else val_loss) > 0.99 * guess:
+            advice = "" if self.config.optimizer == "muon" else ", or --optimizer muon"
             self.log(
-                f"the loss is still that of guessing, ln {len(self.classes)} = {guess:.2f}: if the "
-                "next epochs do not change that, try another --lr, or --optimizer muon"
+                f"the loss is still that of guessing, ln {len(self.classes)} = {guess:.2f}: if it "
+                f"stays there, try more steps or another --lr{advice}"
             )
         [save_is_due] = self.processes.all_reduce_max(self.is_save_due())
         if save_is_due and self.epoch < self.config.epochs:
@@ -269,6 +279,7 @@ class Run:
             "preprocessing": vars(self.preprocessing),
             "training": asdict(config),
             "epoch": self.epoch,
+            **({} if self.seen is None else {"seen": self.seen}),
         }
 
     def is_save_due(self) -> bool:
@@ -313,6 +324,11 @@ class Run:
         """Go back to where last.pt was written. Raises UserError if it does not fit the run."""
         path = self.dir / "last.pt"
         content = load_run(path, self.network, asdict(self.config), CHANGEABLE)
+        if self.seen is not None and not torch.equal(self.seen, content.get("seen", self.seen[:0])):
+            raise UserError(
+                f"the pictures in {self.config.data_dir} are not those that {path} was trained on; "
+                "put them back, or start a new run, with --weights to go on from this one"
+            )
         try:
             self.restore(content)
         except DAMAGE_ERRORS as error:

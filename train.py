@@ -28,7 +28,7 @@ from distributed import Processes, is_connection_lost
 from model import AlexNet, init_weights
 from optimizers import cosine_lr, make_optimizer, plateau_lr
 from recipes import Config, new_config, parse_command_line, resumed_config, run_name
-from run import Run, check_output_dir
+from run import Run, check_output_dir, quality
 from utils import (
     StopRequest,
     UserError,
@@ -40,6 +40,7 @@ from utils import (
     keep_freed_memory,
     make_deterministic,
     run_script,
+    script_path,
     select_precision,
     summarize_error,
     to_device,
@@ -215,8 +216,8 @@ def train_and_report(run: Run) -> int:
     )
     if config.dataset == "folder" and run.total_steps < FEW_STEPS:
         run.log(
-            f"that is {run.total_steps} steps, too few to learn much: give more --epochs, or a "
-            "smaller --batch-size"
+            f"that is {count_of(run.total_steps, 'step')}, too few to learn much: give more "
+            "--epochs, or a smaller --batch-size"
         )
     if run.epoch or run.step:
         run.log(f"resumed after epoch {run.epoch}, step {run.step}")
@@ -233,7 +234,7 @@ def train_and_report(run: Run) -> int:
         log_result(run)
         return 0
     if run.processes.is_main:
-        command = command_line("train.py", "--resume", run.dir)
+        command = command_line(script_path("train.py"), "--resume", run.dir)
         print(f"stopped; go on with: {command}", file=sys.stderr)
     return 128 + run.stopped_by
 
@@ -243,10 +244,10 @@ def log_result(run: Run) -> None:
     seconds = sum(row["seconds"] for row in run.history)
     result = "best.pt is the last epoch's"
     if run.val_split:
-        best = max(run.history, key=lambda row: row["val_accuracy"])
+        best = max(run.history, key=quality)
         accuracy = f"{best['val_accuracy']:.2%}"
         result = f"best validation accuracy {accuracy} after epoch {best['epoch']}"
-    arguments = ["evaluate.py", run.dir / "best.pt"]
+    arguments = [script_path("evaluate.py"), run.dir / "best.pt"]
     # best.pt names the folder of when it was written, which --resume --data-dir may have changed.
     if run.config.data_dir != DEFAULT_DATA_DIR:
         arguments += ["--data-dir", run.config.data_dir]

@@ -237,6 +237,11 @@ def command_line(*arguments: str | Path, alone: bool = False) -> str:
     return join([*launcher, *map(str, arguments)])
 
 
+def script_path(name: str) -> Path:
+    """Return the path of a script beside the one that the user has started."""
+    return Path(sys.argv[0]).with_name(name)
+
+
 # --- Device and precision ---
 
 

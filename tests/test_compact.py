@@ -39,7 +39,7 @@ def test_small_file_stands_for_the_truncated_decomposition(tiny, tiny_run, capsy
 def test_small_file_is_evaluated_and_not_resumed(tiny, tiny_run, capsys):
     assert tiny(tiny_run / "best.pt", "small.pt", "--rank", 48, script=compact) == 0
     assert tiny("small.pt", script=evaluate) == 0
-    assert "small.pt: AlexNet, " in capsys.readouterr().out
+    assert "small.pt: AlexNet after " in capsys.readouterr().out
     Path("small.pt").replace(tiny_run / "last.pt")
     assert tiny("--resume", "run", "--epochs", 3, script=train) == 2
     assert "run/last.pt cannot be resumed from" in capsys.readouterr().err

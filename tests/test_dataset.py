@@ -187,9 +187,9 @@ def test_chosen_classes_are_numbered_in_their_order(classes):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (["disc", "dog"], "there is no class dog; there are disc, ring"),
-        (["disc"], "two classes or more; found disc"),
-        (["disc", "disc"], "two classes or more; found disc"),
+        (["disc", "dog"], "has no class dog; it has disc, ring"),
+        (["disc"], "two classes or more, not disc alone"),
+        (["disc", "disc"], "two classes or more, not disc alone"),
     ],
 )
 def test_classes_that_cannot_be_chosen_are_one_line(classes, message):

@@ -198,7 +198,7 @@ def test_script_reports_records_and_draws_all_of_it(tiny, tiny_run, capsys):
     assert record["ten_views"].keys() < record.keys()
     assert "evaluate.py" in record["environment"]["command"]
     assert {"torch", "git_commit", "device"} <= record["environment"].keys()
-    for text in ("one view", f"{correct / 20:.2%}", "checkerboard", "2 epochs", "20 images"):
+    for text in ("one view", f"{correct / 20:.2%}", "checkerboard", " of 2\n", "20 images"):
         assert text in out
     names = "confusion predictions errors neighbors reliability filters feature-maps normalization"
     written = {path.name for path in tiny_run.glob("best-*.png")}
@@ -223,7 +223,7 @@ def test_folder_that_cannot_be_written_to_costs_only_the_picture(tiny, content, 
             "best.pt --split val",
             "was trained on the validation images",
         ),
-        ({"classes": list("abcdefghij")}, "best.pt", "there is no class a; there are disc, ring"),
+        ({"classes": list("abcdefghij")}, "best.pt", "has no class a; it has disc, ring"),
         ({}, "best.pt --split train", "train"),
         ({}, "best.pt --views 5", "--views"),
         ({}, "best.pt --json nowhere/out.json", "the folder nowhere does not exist"),

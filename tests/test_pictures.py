@@ -1,6 +1,5 @@
 """pictures.py: what is read of a picture, and of a folder of them."""
 
-import csv
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import read_rows
 from PIL import Image
 
 import evaluate
@@ -178,11 +178,20 @@ def test_classes_are_the_folders_in_natural_order(tmp_path):
 
 BAD_FOLDERS = {
     "nowhere": (lambda folder: None, "is not a folder"),
-    "nothing": (Path.mkdir, "pets has 0 folders of classes; a network needs two or more"),
-    "one class": (lambda f: write_classes(f / "train", {"cat": 9}), "pets/train has 1 folders"),
+    "nothing": (Path.mkdir, "pets needs two folders of pictures or more, .*; found none"),
+    "one class": (
+        lambda f: write_classes(f / "train", {"cat": 9}),
+        "pets/train needs .*; found cat",
+    ),
     "other names": (lambda f: write_classes(f, {"Train": 9, "Valid": 9}), "train, val and test"),
-    "empty class": (lambda f: write_classes(f, {"a": 9, "b": 9}) or (f / "c").mkdir(), "class c"),
-    "no train": (lambda f: write_classes(f / "test", {"a": 1, "b": 1}), "but no folder train"),
+    "empty class": (
+        lambda f: write_classes(f, {"a": 9, "b": 9}) or (f / "c").mkdir(),
+        "the class c has no pictures",
+    ),
+    "no train": (
+        lambda f: write_classes(f / "test", {"a": 1, "b": 1}),
+        "but no folder train; to test a network, name .*pets/test",
+    ),
     "other classes": (
         lambda f: (
             write_classes(f / "train", {"a": 1, "b": 1}) or write_classes(f / "val", {"a": 1})
@@ -304,8 +313,7 @@ def test_own_pictures_from_training_to_prediction(tiny, shapes_as_files, capsys,
     assert "evaluate it with: python evaluate.py run/best.pt --data-dir pets\n" in told
     options = "run/best.pt --data-dir pets --figures --predictions out.csv --json out.json".split()
     assert tiny(*options, script=evaluate) == 0
-    with open("out.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows("out.csv")
     assert list(rows[0])[:3] == ["image", "label", "prediction"]
     assert [row["label"] for row in rows] == [Path(row["image"]).parent.name for row in rows]
     correct = np.mean([row["label"] == row["prediction"] for row in rows])
@@ -322,7 +330,7 @@ def test_own_pictures_from_training_to_prediction(tiny, shapes_as_files, capsys,
     assert "test split, 6 images" in capsys.readouterr().out
     (Path("others") / "1 ring").rename("others/one ring")
     assert tiny("run/best.pt", "--data-dir", "others", script=evaluate) == 2
-    assert "there is no class 1 ring; there are 0 disc, 3 cross" in capsys.readouterr().err
+    assert "others has no class 1 ring; it has 0 disc, 3 cross" in capsys.readouterr().err
 
 
 def test_folder_needs_to_be_named(tiny, capsys):
@@ -363,6 +371,42 @@ def test_weights_of_another_kind_of_input_are_refused(tiny, tiny_run, capsys):
     options = ["--weights", "run/best.pt", "--recipe", "paper", "--output-dir", "new"]
     assert tiny(*options) == 2
     assert "needs --input standardized, as it was trained" in capsys.readouterr().err
+
+
+def test_pictures_of_the_training_are_no_test_images(tiny, shapes_as_files, capsys):
+    """Wherever they lie now: in a copy, to which one was added and in which two were renamed."""
+    for split in ("train", "val", "test"):
+        for i, path in enumerate(sorted(Path("pets", split).rglob("*.png"))):
+            target = Path("flat", path.parent.name, f"{split}-{i}.png")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    assert tiny("--dataset", "folder", "--data-dir", "flat", "--output-dir", "run") == 0
+    assert tiny("run/best.pt", "--predictions", "a.csv", script=evaluate) == 0
+    shutil.copytree("flat", "copy")
+    write(Path("copy/0 disc/new.png"), (9, 9, 9), (32, 32))
+    for path in list(Path("copy/1 ring").iterdir())[:2]:
+        path.rename(path.with_name(f"renamed-{path.name}"))
+    capsys.readouterr()
+    options = "run/best.pt --data-dir copy --predictions b.csv".split()
+    assert tiny(*options, script=evaluate) == 0
+    assert "left out: 70 pictures that the training has seen" in capsys.readouterr().out
+    a, b = (
+        {Path(row["image"]).name.removeprefix("renamed-") for row in read_rows(name)}
+        for name in ("a.csv", "b.csv")
+    )
+    assert b - a == {"new.png"}
+    assert a <= b
+
+
+def test_run_goes_on_with_the_same_pictures_only(tiny, shapes_as_files, capsys):
+    own = ["--dataset", "folder", "--data-dir", "pets", "--epochs", 1, "--output-dir", "run"]
+    assert tiny(*own) == 0
+    write(Path("pets/train/0 disc/0.png"), (1, 2, 3), (32, 32))
+    assert tiny("--resume", "run", "--epochs", 2) == 2
+    assert (
+        "the pictures in pets are not those that run/last.pt was trained on"
+        in capsys.readouterr().err
+    )
 
 
 def test_run_of_few_steps_says_so(tiny, shapes_as_files, capsys):
