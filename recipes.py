@@ -132,7 +132,7 @@ RECIPES = {
         "warm_up": 0.05,
         "mix": "none",
     },
-    "muon": {  # half an hour on two CPU cores
+    "muon": {  # half of adam's time
         "optimizer": "muon",
         "epochs": 4,
         "batch_size": 128,

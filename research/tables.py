@@ -20,6 +20,7 @@ MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.S)
 # seed. The tables have them in this order.
 COMMANDS = {
     "cifar10-sgd": "python train.py --compile",
+    "cifar10-muon": "python train.py --optimizer muon",
     "cifar10-adam-16-epochs": "python train.py --optimizer adam --epochs 16",
     "cifar10-adam": "python train.py --optimizer adam",
     "cifar10-adam-seed-1": "python train.py --optimizer adam",
