@@ -328,8 +328,12 @@ def load_data(args: argparse.Namespace, training: dict, classes: list[str], size
     return load_folder(folder, classes, size, wanted, all_for_test=is_other)
 
 
-def leave_out(seen: Tensor, split: Split, names: list[str]) -> tuple[Split, list[str]]:
-    """Return the pictures that were not in the training, whatever folder they lie in now."""
+def leave_out(seen: Tensor, split: Split, names: list[str] | None) -> tuple[Split, list]:
+    """Return the pictures that were not in the training, wherever they lie now, and their names.
+
+    Those without names are numbered.
+    """
+    names = names or list(range(len(split.labels)))
     is_new = ~torch.isin(fingerprints(split.images), seen)
     if not is_new.all():
         print(f"left out: {(~is_new).sum()} pictures that the training has seen")

@@ -12,7 +12,7 @@ from torch import nn
 import evaluate
 import utils
 from checkpoint import load_network, save_checkpoint
-from dataset import Dataset, Split, draw_shapes
+from dataset import Dataset, Split, draw_shapes, fingerprints
 from evaluate import calibration, draw_figures, summarize
 from predict import Classifier
 from transforms import Preprocessing
@@ -254,3 +254,10 @@ def test_precision_is_the_hardwares_and_not_the_checkpoints(
     assert tiny("best.pt", script=evaluate) == 0
     assert f"{expected} on a CPU" in capsys.readouterr().out
     assert Classifier.from_checkpoint("best.pt", "cpu").precision == expected
+
+
+def test_images_without_names_are_numbered_when_some_are_left_out():
+    test = draw_shapes().test
+    split, names = evaluate.leave_out(fingerprints(test.images[[0, 2]]), test, None)
+    assert names == [1, *range(3, 1000)]
+    assert torch.equal(split.images, test.images[names])
