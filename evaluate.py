@@ -32,6 +32,7 @@ from utils import (
     OneLineParser,
     UserError,
     add_device_options,
+    count_of,
     device_name,
     environment,
     keep_freed_memory,
@@ -336,7 +337,8 @@ def leave_out(seen: Tensor, split: Split, names: list[str] | None) -> tuple[Spli
     names = names or list(range(len(split.labels)))
     is_new = ~torch.isin(fingerprints(split.images), seen)
     if not is_new.all():
-        print(f"left out: {(~is_new).sum()} pictures that the training has seen")
+        copies = count_of((~is_new).sum().item(), "picture")
+        print(f"left out: {copies} that the training has seen")
         names = [name for name, chosen in zip(names, is_new.tolist(), strict=True) if chosen]
         split = split.select(is_new)
     return split, names
@@ -349,6 +351,7 @@ def main() -> None:
     precision = select_precision(args.precision, device)
     network, preprocessing, checkpoint = load_network(args.checkpoint)
     training, classes = checkpoint["training"], checkpoint["classes"]
+    data_name = args.dataset or training["dataset"]
     if args.split == "val" and training.get("train_split") == "full":
         raise UserError(f"{args.checkpoint} was trained on the validation images; use --split test")
     dataset = load_data(args, training, classes, preprocessing.image_size)
@@ -372,7 +375,7 @@ def main() -> None:
     if args.json:
         record = {
             "checkpoint": str(args.checkpoint),
-            "dataset": args.dataset or training["dataset"],
+            "dataset": data_name,
             "split": args.split,
             "epoch": checkpoint["epoch"],
             "precision": precision,
@@ -383,7 +386,10 @@ def main() -> None:
         }
         write_json(args.json, record)
 
-    name = f"{DATASETS[args.dataset or training['dataset']]}, {args.split} split"
+    source = DATASETS[data_name]
+    if data_name == "folder":
+        source = args.data_dir or data_dir_of(training)
+    name = f"{source}, {args.split} split"
     print(f"{args.checkpoint}: AlexNet after epoch {checkpoint['epoch']} of {training['epochs']}")
     view = "center crop" if preprocessing.enlarged_size > preprocessing.size else "whole image"
     print(f"{name}, {summary['images']:,} images, {view}, {precision} on {device_name(device)}\n")
