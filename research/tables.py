@@ -3,6 +3,7 @@
 A table stands between the lines <!-- table NAME --> and <!-- end -->, NAME being one of TABLES.
 """
 
+import itertools
 import json
 import re
 import statistics
@@ -16,15 +17,25 @@ from utils import OneLineParser, UserError, atomic_write, count_of, read_csv, ru
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.S)
-# Runs on CIFAR-10: the folder in results/, and the command that does the same today, but for the
-# seed. The tables have them in this order.
-COMMANDS = {
+# Folders in results/, and the command that does the same today, but for the seed. The tables have
+# them in this order.
+ON_CIFAR10 = {
     "cifar10-sgd": "python train.py --compile",
     "cifar10-muon": "python train.py --optimizer muon",
     "cifar10-adam-16-epochs": "python train.py --optimizer adam --epochs 16",
     "cifar10-adam": "python train.py --optimizer adam",
     "cifar10-adam-seed-1": "python train.py --optimizer adam",
     "cifar10-paper-3-epochs": "python train.py --recipe paper --epochs 3",
+}
+IN_README = {k: v for k, v in ON_CIFAR10.items() if not k.endswith("16-epochs")}
+ON_SHAPES = {
+    f"shapes-{recipe}": f"python train.py --dataset shapes --recipe {recipe}"
+    for recipe in ("sgd", "muon", "adam", "paper")
+}
+FOLDER = "python train.py --dataset folder --data-dir photos --optimizer muon"
+ON_PHOTOS = {
+    "photos-muon": FOLDER,
+    "photos-muon-pretrained": f"{FOLDER} --weights weights/cifar10.pt",
 }
 MARK = "¹"
 NOTE = (
@@ -44,8 +55,11 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 # --- Accuracy ---
 
 
-def read_run(folder: str) -> dict:
-    """Return what the tables need of a run of train.py that evaluate.py tested."""
+def read_run(folder: str, command: str) -> dict:
+    """Return what the tables need of a run of train.py that evaluate.py tested.
+
+    command: does the same today, but for the seed.
+    """
     path = RESULTS / folder
     record = json.loads((path / "config.json").read_text())
     settings = record["settings"]
@@ -55,7 +69,7 @@ def read_run(folder: str) -> dict:
     device = re.sub(r"\(R\)| Processor| @ [\d.]+GHz", "", record["starts"][0]["device"])
     return {
         "folder": f"results/{folder}",
-        "command": f"`{COMMANDS[folder]}`",
+        "command": f"`{command}`",
         "mark": MARK if is_inverted else "",
         "seed": str(settings["seed"]),
         "hardware": f"{device}, {settings['precision']}",
@@ -66,10 +80,10 @@ def read_run(folder: str) -> dict:
     }
 
 
-def experiments() -> list[list[dict]]:
-    """Return the runs in the order of COMMANDS; those that differ by their seed are together."""
+def experiments(commands: dict[str, str]) -> list[list[dict]]:
+    """Return the runs in this order; those that differ by their seed are together."""
     groups = {}
-    for run in map(read_run, COMMANDS):
+    for run in itertools.starmap(read_run, commands.items()):
         key = run["command"], run["mark"], run["hardware"]
         groups.setdefault(key, []).append(run)
     return list(groups.values())
@@ -105,9 +119,9 @@ def with_note(table: str) -> str:
     return table + (NOTE if MARK in table else "")
 
 
-def short_results_table() -> str:
+def short_results_table(commands: dict[str, str]) -> str:
     rows = []
-    for runs in experiments():
+    for runs in experiments(commands):
         recipe = f"[{runs[0]['command']}]({runs[0]['folder']}){runs[0]['mark']}"
         rows.append(
             [recipe, accuracy_with_interval(runs), training_time(runs), runs[0]["hardware"]]
@@ -117,7 +131,7 @@ def short_results_table() -> str:
 
 def results_table() -> str:
     rows = []
-    for runs in experiments():
+    for runs in experiments(ON_CIFAR10):
         tests = [run["test"] for run in runs]
         seeds = ", ".join(f"[{run['seed']}]({run['folder']})" for run in runs)
         cells = [runs[0]["command"] + runs[0]["mark"], seeds]
@@ -131,11 +145,15 @@ def results_table() -> str:
 
 
 def time_table() -> str:
-    """Return the training time after which an epoch's validation accuracy first was so high."""
+    """Return the training time after which an epoch's validation accuracy first was so high.
+
+    Runs that reached none of MILESTONES are left out.
+    """
     rows = []
-    for run in (run for runs in experiments() for run in runs):
+    for run in (run for runs in experiments(ON_CIFAR10) for run in runs):
         times = [time_to(milestone, run["history"]) for milestone in MILESTONES]
-        rows.append([run["command"] + run["mark"], run["seed"], run["hardware"], *times])
+        if any(times):
+            rows.append([run["command"] + run["mark"], run["seed"], run["hardware"], *times])
     header = ["command", "seed", "hardware", *(f"{milestone:.0%}" for milestone in MILESTONES)]
     return with_note(markdown(header, rows))
 
@@ -199,21 +217,22 @@ def short_speed_table() -> str:
 
 
 def speed_table(*files: str) -> str:
-    """Return every row, with memory and the share of the machine's matrix-multiply peak."""
+    """Return every row, with the share of the machine's matrix-multiply peak."""
     rows = []
     for textbook, ours in speed_rows(*files):
-        memory = f"{textbook['peak_memory_mib']:,} / {ours['peak_memory_mib']:,} MiB"
         share = ours.get("share_of_peak")
         shares = "{:.0%} ({:.0%} to {:.0%})".format(*share) if share else ""
-        rows.append([speed_name(ours), *rates(textbook, ours), memory, shares])
-    return markdown(["", *RATE_COLUMNS, "memory, textbook / this repository", "of the peak"], rows)
+        rows.append([speed_name(ours), *rates(textbook, ours), shares])
+    return markdown(["", *RATE_COLUMNS, "of the peak"], rows)
 
 
 # --- The script ---
 
 TABLES = {
-    "results-short": short_results_table,
+    "results-short": lambda: short_results_table(IN_README),
     "results": results_table,
+    "shapes": lambda: short_results_table(ON_SHAPES),
+    "photos": lambda: short_results_table(ON_PHOTOS),
     "time": time_table,
     "tried": tried_table,
     "speed": short_speed_table,
