@@ -1,4 +1,4 @@
-"""Entry points of torch.hub: torch.hub.load("OWNER/REPOSITORY", "alexnet", num_classes=10)"""
+"""Entry points of torch.hub: torch.hub.load("OWNER/REPOSITORY", "alexnet", pretrained=True)"""
 
 import pathlib
 import sys
@@ -6,18 +6,34 @@ import sys
 dependencies = ["torch"]
 HERE = pathlib.Path(__file__).resolve().parent
 MODULES = ["kernels", *(path.stem for path in HERE.glob("*.py"))]
+WEIGHTS = HERE / "weights" / "cifar10.pt"
 
 
-def alexnet(**settings):
-    """Return a model.AlexNet with initial weights; settings are its arguments."""
-    _check_names("model")
-    from model import AlexNet
+def alexnet(pretrained: bool = False, **settings):
+    """Return a model.AlexNet with initial weights; settings are its arguments.
 
-    return AlexNet(**settings)
+    pretrained: with the weights that weights/cifar10.pt has for CIFAR-10, in eval mode; needs
+    requirements.txt. Its input is normalized by the preprocessing of classifier().
+    """
+    if not pretrained:
+        _check_names("model")
+        from model import AlexNet
+
+        return AlexNet(**settings)
+    if settings:
+        raise ValueError("pretrained=True takes no settings; for other classes replace fc8")
+    _check_names(*MODULES)
+    from checkpoint import load_network
+
+    network, _, _ = load_network(WEIGHTS)
+    return network
 
 
-def classifier(checkpoint: str, device: str = "auto"):
-    """Return the predict.Classifier in a checkpoint of train.py; needs requirements.txt."""
+def classifier(checkpoint: str | pathlib.Path = WEIGHTS, device: str = "auto"):
+    """Return the predict.Classifier in a checkpoint, by default that for CIFAR-10's classes.
+
+    Needs requirements.txt.
+    """
     _check_names(*MODULES)
     from predict import Classifier
 
